@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.current
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup demo test soak lint bench clean
+
+help: ## what each target does
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP) ## a .venv with the proven versions (nothing to do when it is current)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup ## train the built-in sample through CustomTrainer and the plain loop, and show that they agree
+	$(BIN)/trainer-ext parity run --dataset sample --modes single,ga4,ragged --include-stock --output-dir runs/demo
+
+test: setup ## the core tests
+	$(BIN)/python -m pytest -m 'not soak'
+
+soak: setup ## the long proofs on real data; writes their tables into docs/proof/
+	$(BIN)/python -m pytest -m soak -s
+
+lint: setup ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup ## measured ratios, side by side in one run
+	$(BIN)/python benchmarks/import_time.py
+
+clean: ## remove the environment and everything that the targets wrote
+	rm -rf $(VENV) runs dist .pytest_cache .ruff_cache .mypy_cache

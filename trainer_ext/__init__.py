@@ -1,0 +1,47 @@
+"""Extends the Hugging Face Trainer without breaking its arithmetic.
+
+Importing this package imports nothing heavy: every public name is loaded when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer_ext import manual_loop, parity
+    from trainer_ext.arguments import CustomTrainingArguments
+    from trainer_ext.losses import LOSSES, LossTerms, class_weights
+    from trainer_ext.trainer import CustomTrainer, ExactLossMixin
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CustomTrainer",
+    "CustomTrainingArguments",
+    "ExactLossMixin",
+    "LOSSES",
+    "LossTerms",
+    "class_weights",
+    "manual_loop",
+    "parity",
+]
+
+_HOMES = {
+    "CustomTrainer": "trainer_ext.trainer",
+    "CustomTrainingArguments": "trainer_ext.arguments",
+    "ExactLossMixin": "trainer_ext.trainer",
+    "LOSSES": "trainer_ext.losses",
+    "LossTerms": "trainer_ext.losses",
+    "class_weights": "trainer_ext.losses",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("manual_loop", "parity"):
+        return import_module(f"trainer_ext.{name}")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'trainer_ext' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,71 @@
+"""The toolkit's few knobs beside `TrainingArguments`, checked together."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+REDUCTIONS = ("weighted_mean", "mean")
+
+
+@dataclass
+class CustomTrainingArguments(TrainingArguments):
+    """`TrainingArguments` plus the loss.
+
+    One default differs: `logging_nan_inf_filter` is off, so that a loss that is not finite is seen.
+
+    Raises:
+        ValueError: With every finding about the fields below, at once.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_kwargs"]  # noqa: RUF012
+
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Replace a NaN or infinite loss in the logs by the average of the others, as the stock Trainer "
+            "does. Off here: a loss that is not finite is logged as it is."
+        },
+    )
+    loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "The loss: a name in trainer_ext.LOSSES, `model` (the head's own), or an import path such as "
+            "my_package.losses:dice. Default: cross_entropy where the model classifies, else model."
+        },
+    )
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of the loss, as JSON: '{\"label_smoothing\": 0.1}'."}
+    )
+    class_weights: list[float] | str | dict[str, float] | None = field(
+        default=None,
+        metadata={
+            "help": "The weight of each class in the loss: `balanced` (from the training labels), a JSON list with "
+            'one number a class ("[1.0, 2.5]"), or a JSON object from label to weight (\'{"1": 2.5}\').'
+        },
+    )
+    loss_reduction: str = field(
+        default="weighted_mean",
+        metadata={
+            "help": "What the weighted sum is divided by: `weighted_mean`, the sum of the weights (as PyTorch), or "
+            "`mean`, the number of items."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        findings: list[str] = []
+        if isinstance(self.class_weights, str) and self.class_weights.lstrip().startswith(("[", "{")):
+            try:
+                self.class_weights = json.loads(self.class_weights)
+            except json.JSONDecodeError as error:
+                findings.append(f"class_weights={self.class_weights!r} is not valid JSON: {error}")
+        if self.loss_kwargs is not None and not isinstance(self.loss_kwargs, dict):
+            findings.append(f"loss_kwargs={self.loss_kwargs!r} must be a dict, or a JSON object on the command line")
+        if self.loss_reduction not in REDUCTIONS:
+            findings.append(f"loss_reduction={self.loss_reduction!r} must be one of {', '.join(REDUCTIONS)}")
+        if self.loss is not None and not isinstance(self.loss, str):
+            findings.append(f"loss={self.loss!r} must be a name or an import path; pass a callable to the trainer")
+        if findings:
+            raise ValueError("; ".join(findings))

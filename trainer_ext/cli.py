@@ -1,0 +1,256 @@
+"""The command `trainer-ext`: options in, one call of the library, a table out.
+
+Nothing heavy is imported before a command needs it, so that `--help` answers at once.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="trainer-ext",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Fine-tune with the Hugging Face Trainer, and prove that the arithmetic is right.",
+    epilog="Exit codes: 0 done; 1 the answer is no (a mode differs or failed); 2 a mistake in what was asked for.",
+)
+parity_app = typer.Typer(no_args_is_help=True, help="Hold training paths against the plain PyTorch loop.")
+app.add_typer(parity_app, name="parity")
+
+OTHERS = "Every other field of TrainingArguments is an option too, such as [cyan]--weight-decay 0.01[/]."
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset",
+        help="[cyan]sample[/] (built in, offline), a hub name such as glue/mrpc, a file (.jsonl .json .csv .tsv .parquet), "
+        "or a folder with train.* and validation.*.",
+        show_default="glue/mrpc; the sample when no hub can be reached",
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="A hub name, a checkpoint folder, or [cyan]tiny[/] (a small untrained BERT, offline).",
+        show_default="tiny on the sample, else bert-base-uncased",
+    ),
+]
+OutputDir = Annotated[Path, typer.Option("--output-dir", "--output_dir", help="Where everything is written.")]
+Epochs = Annotated[
+    float | None, typer.Option("--epochs", "--num-train-epochs", "--num_train_epochs", help="Passes over the data.")
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        "--per-device-train-batch-size",
+        "--per_device_train_batch_size",
+        help="Rows of a micro-batch.",
+        min=1,
+    ),
+]
+GlobalBatch = Annotated[
+    int, typer.Option("--batch-size", help="Rows of one optimizer step; each mode splits them.", min=1)
+]
+Accumulation = Annotated[
+    int | None,
+    typer.Option(
+        "--accumulation",
+        "--gradient-accumulation-steps",
+        "--gradient_accumulation_steps",
+        help="Micro-batches of an optimizer step.",
+        min=1,
+    ),
+]
+LearningRate = Annotated[
+    float | None, typer.Option("--learning-rate", "--learning_rate", "--lr", help="The highest learning rate.")
+]
+MaxSteps = Annotated[
+    int | None, typer.Option("--max-steps", "--max_steps", help="Optimizer steps, whatever the epochs say.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of weights, data order and dropout.")]
+Loss = Annotated[
+    str | None, typer.Option("--loss", help="A name, [cyan]model[/] (the head's own), or an import path.")
+]
+ClassWeights = Annotated[
+    str | None,
+    typer.Option(
+        "--class-weights",
+        "--class_weights",
+        help="[cyan]balanced[/], a JSON list ('\\[1, 2.5]') or a JSON object ('{\"1\": 2.5}').",
+    ),
+]
+
+# The short names of the command line, and the training arguments that they stand for.
+ALIASES = {
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "accumulation": "gradient_accumulation_steps",
+}
+
+
+@app.command(context_settings=PASS_ON, epilog=OTHERS)
+def train(
+    ctx: typer.Context,
+    dataset: Dataset = None,
+    model: Model = None,
+    output_dir: OutputDir = Path("trainer_output"),
+    epochs: Epochs = None,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = None,
+    accumulation: Accumulation = None,
+    learning_rate: LearningRate = None,
+    loss: Loss = None,
+    class_weights: ClassWeights = None,
+    seed: Seed = None,
+) -> None:
+    """Fine-tune a text classifier with CustomTrainer, evaluate it, and save it."""
+    argv = _argv(ctx)
+    with users_mistakes():
+        from trainer_ext import finetune
+        from trainer_ext.task import TaskParser, prepare_task
+
+        task_arguments, args = TaskParser(prog="trainer-ext train").parse(argv)
+        trainer = finetune.build_trainer(prepare_task(task_arguments), args)
+    _print_metrics(finetune.train(trainer), output_dir)
+
+
+@app.command(context_settings=PASS_ON, epilog=OTHERS)
+def manual(
+    ctx: typer.Context,
+    dataset: Dataset = None,
+    model: Model = None,
+    output_dir: OutputDir = Path("manual_output"),
+    epochs: Epochs = None,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = None,
+    accumulation: Accumulation = None,
+    learning_rate: LearningRate = None,
+    class_weights: ClassWeights = None,
+    seed: Seed = None,
+) -> None:
+    """Fine-tune with the plain PyTorch loop, the reference that CustomTrainer must equal."""
+    argv = _argv(ctx)
+    with users_mistakes():
+        from trainer_ext import finetune
+        from trainer_ext.reference import loop_settings
+        from trainer_ext.task import TaskParser, prepare_task
+
+        task_arguments, args = TaskParser(prog="trainer-ext manual").parse(argv)
+        loop_settings(args)
+        task = prepare_task(task_arguments)
+        task.class_weights(args.class_weights)
+    _print_metrics(finetune.train_manually(task, args), output_dir)
+
+
+@parity_app.command("run", context_settings=PASS_ON, epilog=OTHERS)
+def parity_run(
+    ctx: typer.Context,
+    modes: Annotated[
+        str,
+        typer.Option("--modes", help="[cyan]single[/], [cyan]gaN[/] (accumulation N), [cyan]ragged[/], with commas."),
+    ] = "single,ga4,ragged",
+    include_stock: Annotated[
+        bool, typer.Option("--include-stock", "--include_stock", help="Show the stock Trainer too, as stock:MODE.")
+    ] = False,
+    whole_batch: Annotated[
+        bool,
+        typer.Option(
+            "--whole-batch",
+            "--whole_batch",
+            help="Let the reference take each step's rows as one micro-batch. Dropout is 0 then, and numbers are held to "
+            "rounding instead of bits.",
+        ),
+    ] = False,
+    dtype: Annotated[str, typer.Option("--dtype", help="[cyan]float32[/] or [cyan]float64[/].")] = "float32",
+    dataset: Dataset = None,
+    model: Model = None,
+    output_dir: OutputDir = Path("parity_output"),
+    epochs: Epochs = None,
+    max_steps: MaxSteps = None,
+    batch_size: GlobalBatch = 16,
+    learning_rate: LearningRate = None,
+    class_weights: ClassWeights = None,
+    seed: Seed = None,
+) -> None:
+    """Train the same thing by the manual loop and by CustomTrainer in every mode, and name the first difference."""
+    argv = _argv(ctx, without=("modes", "include_stock", "whole_batch", "dtype"))
+    with users_mistakes():
+        import torch
+        from transformers.utils.logging import disable_progress_bar
+
+        from trainer_ext.parity import report
+        from trainer_ext.parity.matrix import Matrix
+        from trainer_ext.parity.modes import find_mode
+        from trainer_ext.task import TaskParser, prepare_task
+
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f"--dtype {dtype}: choose float32 or float64.")
+        chosen = [find_mode(name.strip()) for name in modes.split(",") if name.strip()]
+        if not chosen:
+            raise ValueError("--modes names no mode.")
+        task_arguments, args = TaskParser(prog="trainer-ext parity run").parse(argv)
+        if args.gradient_accumulation_steps != 1:
+            raise ValueError("accumulation is what a mode sets: choose it with --modes, such as ga4.")
+        matrix = Matrix(prepare_task(task_arguments), args, output_dir, getattr(torch, dtype), whole_batch)
+        for mode in chosen:
+            matrix.check(mode)
+        output_dir.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar()  # of loading weights, one bar a model
+    rows = [row for mode in chosen for row in matrix.run(mode, stock=include_stock)]
+    report.write(rows, matrix, output_dir, command=["trainer-ext", *sys.argv[1:]])
+    report.show(rows, matrix, output_dir)
+    if any(row.verdict != "equal" for row in rows if row.counts):
+        raise typer.Exit(1)
+
+
+@app.command()
+def configs(
+    name: Annotated[str | None, typer.Argument(help="A file's name without its ending, such as zero2.")] = None,
+) -> None:
+    """List the DeepSpeed and FSDP configs that come with the package, or print the path of one."""
+    from trainer_ext.configs.catalog import config_path, list_configs
+
+    with users_mistakes():
+        for path in [config_path(name)] if name else list_configs():
+            typer.echo(path)
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+@contextmanager
+def users_mistakes() -> Iterator[None]:
+    """Turn an error about what was asked for into one message and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"trainer-ext: error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _argv(ctx: typer.Context, without: tuple[str, ...] = ()) -> list[str]:
+    """The options that were given, as training arguments, and all others as they came."""
+    given = {name: value for name, value in ctx.params.items() if value is not None and name not in without}
+    return [word for name, value in given.items() for word in (f"--{ALIASES.get(name, name)}", str(value))] + ctx.args
+
+
+def _print_metrics(metrics: dict[str, Any], folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("metric", "value")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    typer.echo(f"Model and metrics: {folder}")

@@ -1,0 +1,1 @@
+"""The DeepSpeed and FSDP configs that come with the package."""

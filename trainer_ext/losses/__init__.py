@@ -1,0 +1,33 @@
+"""The losses, by name. Each follows `contract.py`; a name that is not here may be an import path."""
+
+from trainer_ext.losses.class_weights import class_weights
+from trainer_ext.losses.contract import ConfiguredLoss, Loss, LossTerms, check_loss, import_loss
+from trainer_ext.losses.cross_entropy import cross_entropy
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": cross_entropy,
+}
+
+__all__ = [
+    "LOSSES",
+    "ConfiguredLoss",
+    "Loss",
+    "LossTerms",
+    "check_loss",
+    "class_weights",
+    "find_loss",
+    "import_loss",
+]
+
+
+def find_loss(name: str) -> Loss:
+    """The loss called `name` in `LOSSES`, or the one that an import path names.
+
+    Raises:
+        ValueError: Neither; the message lists the choices.
+    """
+    if name in LOSSES:
+        return LOSSES[name]
+    if "." in name or ":" in name:
+        return import_loss(name)
+    raise ValueError(f"loss {name!r} is not known. Choices: {', '.join(sorted(LOSSES))}, model, or an import path.")

@@ -1,0 +1,168 @@
+"""What a loss is here: a numerator and a denominator, both additive over items.
+
+For one optimizer step let S be all items (samples, tokens or elements) of all micro-batches on all
+data-parallel ranks, each once. A loss returns, for any part of S, two sums over the items of that part:
+
+    numerator    sum_i w_i l_i
+    denominator  sum_i w_i          (of items that are not ignored)
+
+and the step's loss is
+
+    L(S) = sum(numerators) / sum(denominators)
+
+PyTorch's mean reduction over S as one batch. The denominator is a function of the labels alone, so it is
+known for the whole step before the first forward; each micro-batch then contributes `numerator / total` and
+the gradients add up to the gradient of L(S), however S was split.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+class LossTerms(NamedTuple):
+    """The two sums of a loss over the items of one micro-batch.
+
+    Attributes:
+        numerator: Scalar tensor, `sum_i w_i l_i`, in the logits' dtype, float32 at least; carries the gradient.
+        denominator: Scalar tensor, `sum_i w_i`, in float64 where the device has it; a function of labels only.
+    """
+
+    numerator: Tensor
+    denominator: Tensor
+
+    def mean(self) -> Tensor:
+        """The loss over these items alone, a scalar; 0 where nothing counts (never NaN)."""
+        return divide(self.numerator, self.denominator)
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """The shape of every entry of `LOSSES`, and of a loss of your own."""
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        class_weights: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        sample_weights: Tensor | None = None,
+    ) -> LossTerms:
+        """The two sums over one micro-batch; options of its own come as further keywords."""
+        ...
+
+    def denominator(
+        self,
+        labels: Tensor,
+        *,
+        class_weights: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """The denominator that `__call__` will return for these labels, known before any forward."""
+        ...
+
+
+@dataclass(frozen=True)
+class ConfiguredLoss:
+    """A loss with everything bound that does not change from batch to batch.
+
+    Attributes:
+        loss: An entry of `LOSSES`, or a loss of the user's own.
+        class_weights: Shape (C,), float64, or None.
+        reduction: `"weighted_mean"` divides by the sum of the weights, as PyTorch does; `"mean"` divides by
+            the number of items, so that weights also change the size of the loss.
+        options: Further keyword arguments of the loss, such as `label_smoothing`.
+    """
+
+    loss: Loss
+    class_weights: Tensor | None = None
+    reduction: str = "weighted_mean"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> LossTerms:
+        terms = self.loss(logits, labels, class_weights=self.class_weights, **self.options)
+        if self.reduction == "mean":
+            return LossTerms(terms.numerator, self.denominator(labels))
+        return terms
+
+    def denominator(self, labels: Tensor) -> Tensor:
+        """Scalar tensor: what `__call__` will return as denominator for these labels."""
+        weights = None if self.reduction == "mean" else self.class_weights
+        return self.loss.denominator(labels, class_weights=weights)
+
+
+def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """`numerator / denominator` in the numerator's dtype; 0 where the denominator is 0."""
+    nothing = denominator == 0
+    return torch.where(nothing, 0.0, numerator) / denominator.masked_fill(nothing, 1).to(numerator.dtype)
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which denominators are summed: float64, so that the order of summation does not show."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def item_weights(
+    labels: Tensor, class_weights: Tensor | None, ignore_index: int, sample_weights: Tensor | None
+) -> Tensor:
+    """The weight of every item, shaped as `labels` (integer class indices), 0 where the label is ignored.
+
+    Args:
+        labels: Integers, shape (B,) or (B, T).
+        class_weights: Shape (C,) or None.
+        ignore_index: The label that does not count.
+        sample_weights: Shape (B,) or the shape of `labels`, or None.
+    """
+    dtype = exact_dtype(labels.device)
+    kept = labels != ignore_index
+    weights = kept.to(dtype)
+    if class_weights is not None:
+        table = class_weights.to(device=labels.device, dtype=dtype)
+        weights = weights * table[labels.masked_fill(~kept, 0)]
+    if sample_weights is not None:
+        per_sample = sample_weights.to(device=labels.device, dtype=dtype)
+        weights = weights * per_sample.reshape(per_sample.shape + (1,) * (labels.ndim - per_sample.ndim))
+    return weights
+
+
+def full_precision(logits: Tensor) -> Tensor:
+    """Half-precision logits raised to float32; float32 and float64 as they are."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def import_loss(path: str) -> Loss:
+    """The loss that an import path names, such as `my_package.losses:dice`.
+
+    Raises:
+        ValueError: There is no such module or name, or what it names is not a `Loss`.
+    """
+    module_name, _, name = path.replace(":", ".").rpartition(".")
+    try:
+        found = getattr(import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"loss {path!r}: cannot import it ({error})") from error
+    return check_loss(found() if isinstance(found, type) else found, path)
+
+
+def check_loss(loss: Callable[..., Any], name: str) -> Loss:
+    """`loss` itself, once it is known to offer both halves of the contract.
+
+    Raises:
+        ValueError: `loss` cannot be called or has no `denominator` method.
+    """
+    if not callable(loss) or not callable(getattr(loss, "denominator", None)):
+        raise ValueError(  # noqa: TRY004  a wrong argument like any other, and caught as one
+            f"loss {name!r} is not usable: a loss is called as loss(logits, labels, *, class_weights, ignore_index, "
+            "sample_weights) -> LossTerms(numerator, denominator) and has a method denominator(labels, *, "
+            "class_weights, ignore_index, sample_weights) that is known before the forward; see "
+            "trainer_ext.losses.contract.Loss"
+        )
+    return loss  # type: ignore[return-value]

@@ -1,0 +1,155 @@
+"""From a model's name to a classifier and its tokenizer: hub name, local path, or the tiny BERT of the sample.
+
+The tiny BERT is a checkpoint folder like any other, made once: its tokenizer is trained on the sample's text,
+its weights are random. Everything after that is `from_pretrained`.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from trainer_ext.data import SAMPLE, require_hub
+from trainer_ext.sample import sample_rows
+
+TINY = "tiny"
+HUB_DEFAULT = "bert-base-uncased"
+TINY_BERT: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 128,
+}
+TINY_TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 6.0}  # what random weights need, as defaults
+TINY_VERSION = 1  # part of the folder's name: raise it when the recipe below changes
+
+
+def default_model(dataset: str) -> str:
+    """The model where none was named: the tiny BERT for the sample, BERT base for everything else."""
+    return TINY if dataset == SAMPLE else HUB_DEFAULT
+
+
+def checkpoint_folder(model: str) -> str:
+    """What `from_pretrained` is given for `model`.
+
+    Raises:
+        ValueError: A path that is no checkpoint folder.
+        ConnectionError: A hub name, and the hub does not answer.
+    """
+    if model == TINY:
+        return str(tiny_checkpoint())
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model {model!r}: the folder has no config.json, so it is no checkpoint.")
+        return str(path)
+    if path.exists() or path.is_absolute() or model.startswith("."):
+        raise ValueError(f"model {model!r}: there is no such checkpoint folder.")
+    require_hub(f"model {model!r}")
+    return model
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of `model`."""
+    return _loaded(AutoTokenizer, model)
+
+
+def load_model(
+    model: str,
+    label_names: list[str],
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    dropout: bool = True,
+) -> Any:
+    """A sequence classifier with these labels; a head that the checkpoint does not have is drawn from `seed`.
+
+    Args:
+        model: As `checkpoint_folder` takes it.
+        label_names: The classes, in the order of their labels.
+        seed: Seeds torch before loading.
+        dtype: Of the weights.
+        dropout: False sets every dropout probability of the configuration to 0.
+
+    Raises:
+        ValueError: `model` cannot be loaded as a classifier.
+    """
+    torch.manual_seed(seed)
+    config = _loaded(AutoConfig, model)
+    config.num_labels = len(label_names)
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: i for i, name in enumerate(label_names)}
+    if not dropout:
+        for name, value in config.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
+    return _loaded(AutoModelForSequenceClassification, model, config=config, dtype=dtype)
+
+
+def _loaded(auto: Any, model: str, **options: Any) -> Any:
+    folder = checkpoint_folder(model)
+    try:
+        return auto.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"model {model!r} cannot be loaded as {auto.__name__}: {error}") from error
+
+
+def tiny_checkpoint() -> Path:
+    """The tiny BERT's checkpoint folder, below the Hugging Face home; made the first time, never half."""
+    folder = Path(HF_HOME) / "trainer_ext" / f"tiny-bert-{TINY_VERSION}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch) / folder.name
+        _save_tiny(made)
+        try:
+            os.rename(made, folder)
+        except OSError:  # another process was faster: its folder holds the same bytes
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _save_tiny(folder: Path) -> None:
+    tokenizer = _train_tokenizer()
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **TINY_BERT)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _train_tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    texts = [row[column] for row in sample_rows("train") for column in ("sentence1", "sentence2")]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=2000, special_tokens=special, show_progress=False)
+    )
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=128,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )

@@ -1,0 +1,136 @@
+"""What is trained on what: splits, tokenizer, collator and model, ready for `CustomTrainer` or a loop."""
+
+import difflib
+from argparse import ArgumentParser
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import DataCollatorWithPadding, HfArgumentParser
+
+from trainer_ext.arguments import CustomTrainingArguments
+from trainer_ext.data import default_dataset, load_splits, tokenize
+from trainer_ext.labels import read_labels
+from trainer_ext.losses import class_weights
+from trainer_ext.models import TINY, TINY_TRAINING, default_model, load_model, load_tokenizer
+
+
+@dataclass
+class TaskArguments:
+    """The data and the model of a text classification, for `HfArgumentParser`."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "`sample` (built in, offline); a hub name such as glue/mrpc; a file (.jsonl, .json, .csv, .tsv, "
+            ".parquet); or a folder with train.* and validation.*. Default: glue/mrpc, or the sample when no hub can be "
+            "reached."
+        },
+    )
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "A hub name, a checkpoint folder, or `tiny` (a small untrained BERT, offline). Default: tiny on the "
+            "sample, else bert-base-uncased."
+        },
+    )
+    text_columns: list[str] | None = field(
+        default=None, metadata={"help": "The one or two text columns, where their names are not the usual ones."}
+    )
+    label_column: str | None = field(default=None, metadata={"help": "The label column. Default: label or labels."})
+    max_length: int = field(default=128, metadata={"help": "Longer texts are truncated, in tokens."})
+
+
+@dataclass(frozen=True)
+class Task:
+    """A text classification, ready to train.
+
+    Attributes:
+        dataset: Where the data came from.
+        model: The name or path of the checkpoint.
+        train: Tokenised rows with `labels`.
+        validation: The same, or None where the source has no such split.
+        tokenizer: The model's.
+        collator: Pads a batch to its longest row.
+        label_names: The classes, in the order of their labels.
+    """
+
+    dataset: str
+    model: str
+    train: Dataset
+    validation: Dataset | None
+    tokenizer: Any
+    collator: Callable[[list[Any]], Any]
+    label_names: list[str]
+
+    def new_model(self, seed: int, *, dtype: torch.dtype = torch.float32, dropout: bool = True) -> Any:
+        """The model as training starts from it; equal for equal seeds."""
+        return load_model(self.model, self.label_names, seed=seed, dtype=dtype, dropout=dropout)
+
+    def class_weights(self, spec: Any) -> Tensor | None:
+        """The class weights that `spec` (as `CustomTrainingArguments.class_weights`) means on this task."""
+        if spec is None:
+            return None
+        label2id = {name: i for i, name in enumerate(self.label_names)}
+        return class_weights(spec, len(self.label_names), labels=read_labels(self.train), label2id=label2id)
+
+
+def prepare_task(arguments: TaskArguments) -> Task:
+    """Load and tokenise what `arguments` name.
+
+    Raises:
+        ValueError: The data or the model is not what is needed; see `load_splits` and `load_model`.
+        ConnectionError: Something has to come from a hub that does not answer.
+    """
+    dataset = arguments.dataset or default_dataset()
+    data = load_splits(dataset, text_columns=arguments.text_columns, label_column=arguments.label_column)
+    model = arguments.model or default_model(dataset)
+    tokenizer = load_tokenizer(model)
+    encoded = tokenize(data, tokenizer, max_length=arguments.max_length)
+    return Task(
+        dataset=data.name,
+        model=model,
+        train=encoded["train"],
+        validation=encoded.get("validation"),
+        tokenizer=tokenizer,
+        collator=DataCollatorWithPadding(tokenizer),
+        label_names=data.label_names,
+    )
+
+
+class TaskParser(HfArgumentParser):
+    """An `HfArgumentParser` over `TaskArguments` and `CustomTrainingArguments`.
+
+    The tiny BERT starts from random weights: where it is what gets trained, its own learning rate and epochs are the
+    defaults, and a value on the command line wins as always. A mistake is one line and exit code 2.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        classes: Any = (TaskArguments, CustomTrainingArguments)
+        super().__init__(classes, allow_abbrev=False, **kwargs)
+
+    def parse(self, argv: list[str] | None = None) -> tuple[TaskArguments, CustomTrainingArguments]:
+        """The two dataclasses; the dataset and the model are named in the first, whatever was left out."""
+        names = ArgumentParser(add_help=False, allow_abbrev=False)
+        names.add_argument("--dataset")
+        names.add_argument("--model")
+        given, _ = names.parse_known_args(argv)
+        dataset = given.dataset or default_dataset()
+        model = given.model or default_model(dataset)
+        self.set_defaults(dataset=dataset, model=model, **(TINY_TRAINING if model == TINY else {}))
+        known, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.error(f"{unknown[0]} is not an option{self._nearest(unknown[0])}")
+        task_arguments, args = self.parse_dict(vars(known))
+        return task_arguments, args
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, without the list of every training argument."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def _nearest(self, option: str) -> str:
+        near = difflib.get_close_matches(option.split("=")[0], self._option_string_actions, n=1)
+        return f"; did you mean {near[0]}?" if near else ""
