@@ -80,10 +80,11 @@ def train(
             if on_step is not None:
                 whole = accelerator.reduce(loss, "sum").item()
                 on_step(window=window, denominator=total, loss=whole, grad_norm=float(norm), learning_rates=rates)
-        if eval_dataset is not None:
+        done = result.steps == total_steps
+        if eval_dataset is not None and (done or settings.evaluate_each_epoch):
             loader = accelerator.prepare(DataLoader(eval_dataset, settings.eval_batch_size, collate_fn=collate))
             result.evaluations.append(evaluate(accelerator, model, loader, settings, metric, class_weights))
-        if result.steps == total_steps:
+        if done:
             bar.close()
             return result
     raise AssertionError("unreachable: the loop over epochs ends at total_steps")

@@ -4,6 +4,7 @@ Three sources behind one call: a dataset of the hub, local files, and the built-
 rows come out as one or two text columns and an integer label, and a problem is an error before any training.
 """
 
+import csv
 import logging
 import socket
 from dataclasses import dataclass
@@ -11,18 +12,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
+from urllib.request import getproxies, proxy_bypass
 
 import huggingface_hub
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from trainer_ext.labels import LABEL_COLUMNS, check_class_labels, read_labels
+from trainer_ext.labels import LABEL_COLUMNS, first_missing, is_text, label_column, number_labels
 
 logger = logging.getLogger(__name__)
 
 SAMPLE = "sample"
 HUB_DEFAULT = "glue/mrpc"
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+READER_OPTIONS: dict[str, dict[str, Any]] = {  # only an empty cell is a missing value: "None" and "NA" are words
+    ".csv": {"keep_default_na": False, "na_values": [""]},
+    ".tsv": {"keep_default_na": False, "na_values": [""], "delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
+NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0", "No columns to parse")  # what readers say
 SPLITS = ("train", "validation", "test")
 TEXT_COLUMNS = (  # what the common corpora call their texts, in the order in which the model reads them
     ("sentence1", "sentence2"),
@@ -60,25 +67,20 @@ def load_splits(dataset: str, *, text_columns: list[str] | None = None, label_co
     Args:
         dataset: `sample`; a hub name, with a configuration after a slash (`glue/mrpc`, `owner/name`,
             `owner/name/config`); a file (.jsonl, .json, .csv, .tsv, .parquet), or a folder that holds `train.*`,
-            `validation.*` and `test.*`.
+            `validation.*` and `test.*`. A .tsv has one row a line, and quotation marks are text in it.
         text_columns: The one or two columns to read; by default the usual names are looked for.
         label_column: The column of labels; by default `label` or `labels`.
 
     Raises:
-        ValueError: There is no such dataset, a file is not what its name says, a column is missing, or a label is
-            missing or out of range.
+        ValueError: There is no such dataset, a file is not what its name says, a column is missing, a text is
+            missing, or a label is missing or out of range.
         ConnectionError: A hub dataset was named and the hub does not answer.
     """
     splits = _read(dataset)
-    if "train" not in splits:
-        raise ValueError(f"dataset {dataset!r} has no train split; it has {', '.join(splits)}.")
-    for name, split in splits.items():
-        if len(split) == 0:
-            raise ValueError(f"dataset {dataset!r}: its {name} split is empty.")
-    texts = _text_columns(dataset, splits["train"], text_columns)
-    label = _label_column(dataset, splits["train"], label_column)
-    splits, names = _integer_labels(dataset, splits, label)
-    return Splits(dataset, splits, texts, label, names)
+    try:
+        return Splits(dataset, *_checked(splits, text_columns, label_column))
+    except ValueError as error:
+        raise ValueError(f"dataset {dataset!r}: {error}") from error
 
 
 def default_dataset() -> str:
@@ -92,8 +94,19 @@ def default_dataset() -> str:
 def tokenize(data: Splits, tokenizer: Any, *, max_length: int | None = 128) -> DatasetDict:
     """Token ids for every split: columns of the tokenizer, and `labels`; all others are dropped.
 
-    Padding is left to the collator, batch by batch.
+    Padding is left to the collator, batch by batch. Texts are cut at `max_length` tokens, and at what the model reads.
+
+    Raises:
+        ValueError: `max_length` leaves no room for text.
     """
+    special = tokenizer.num_special_tokens_to_add(pair=len(data.text_columns) == 2)
+    if max_length is not None and max_length <= special:
+        raise ValueError(
+            f"max_length={max_length} leaves no room for text: {special} tokens of every row are special. Raise it."
+        )
+    if max_length is not None and max_length > tokenizer.model_max_length:
+        logger.warning("max_length=%d: the model reads %d tokens.", max_length, tokenizer.model_max_length)
+        max_length = tokenizer.model_max_length
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [rows[column] for column in data.text_columns]
@@ -108,13 +121,19 @@ def tokenize(data: Splits, tokenizer: Any, *, max_length: int | None = 128) -> D
 
 @cache
 def hub_answers(timeout: float = 3.0) -> bool:
-    """Whether the hub can be reached: one connection attempt, once a process (a library's own try takes 25 s)."""
+    """Whether the hub can be reached: one connection attempt, once a process (a library's own try takes 25 s).
+
+    Where a proxy stands before the hub, whether the proxy can be reached.
+    """
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
-    endpoint = urlparse(huggingface_hub.constants.ENDPOINT)
+    target = urlparse(huggingface_hub.constants.ENDPOINT)
+    proxies = {} if proxy_bypass(target.hostname or "") else getproxies()
+    if proxy := proxies.get(target.scheme) or proxies.get("all"):
+        target = urlparse(proxy if "//" in proxy else f"http://{proxy}")
     try:
-        port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
-        socket.create_connection((endpoint.hostname, port), timeout).close()
+        port = target.port or (443 if target.scheme == "https" else 80)
+        socket.create_connection((target.hostname, port), timeout).close()
     except OSError:
         return False
     return True
@@ -140,6 +159,8 @@ def _read(dataset: str) -> DatasetDict:
         label = ClassLabel(names=["not_equivalent", "equivalent"])
         rows = {name: Dataset.from_list(sample_rows(name)) for name in ("train", "validation")}
         return DatasetDict({name: split.cast_column("label", label) for name, split in rows.items()})
+    if not dataset.strip():
+        raise ValueError(f"dataset {dataset!r}: the name is empty.")
     path = Path(dataset).expanduser()
     if path.is_dir():
         files = {name: _one_file(path, name) for name in SPLITS}
@@ -149,129 +170,106 @@ def _read(dataset: str) -> DatasetDict:
         return DatasetDict({name: _read_file(file) for name, file in found.items()})
     if path.is_file():
         return DatasetDict({"train": _read_file(path)})
-    if path.suffix in READERS or path.is_absolute() or dataset.startswith("."):
+    if path.suffix.lower() in READERS or path.is_absolute() or dataset.startswith("."):
         raise ValueError(f"dataset {dataset!r}: there is no such file or folder.")
     return _read_hub(dataset)
 
 
 def _one_file(folder: Path, split: str) -> Path | None:
-    files = sorted(file for file in folder.glob(f"{split}.*") if file.suffix in READERS)
+    files = sorted(file for file in folder.glob(f"{split}.*") if file.suffix.lower() in READERS)
     if len(files) > 1:
         raise ValueError(f"dataset folder: {', '.join(map(str, files))} are all its {split} split; keep one.")
     return files[0] if files else None
 
 
 def _read_file(file: Path) -> Dataset:
-    reader = READERS.get(file.suffix)
-    if reader is None:
-        raise ValueError(f"dataset file {str(file)!r}: {file.suffix or 'no suffix'} is none of {', '.join(READERS)}.")
-    if file.stat().st_size == 0:
-        raise ValueError(f"dataset file {str(file)!r} is empty.")
-    options = {"delimiter": "\t"} if file.suffix == ".tsv" else {}
+    suffix = file.suffix.lower()
+    if suffix not in READERS:
+        raise ValueError(f"dataset file {str(file)!r}: {suffix or 'no suffix'} is none of {', '.join(READERS)}.")
+    options = READER_OPTIONS.get(suffix, {})
     try:
-        return load_dataset(reader, data_files=str(file), split="train", **options)
+        if file.stat().st_size:
+            return load_dataset(READERS[suffix], data_files=str(file), split="train", **options)
     except (DatasetGenerationError, ValueError, OSError, TypeError) as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"dataset file {str(file)!r} cannot be read as {file.suffix}: {cause}") from error
+        cause = str(error.__cause__ or error).strip()
+        if not any(words in cause for words in NO_ROWS):
+            problem = f"cannot be read as {suffix}: {cause.rstrip('.')}"
+            raise ValueError(f"dataset file {str(file)!r} {problem}. Mend it, or name it for what it is.") from error
+    raise ValueError(f"dataset file {str(file)!r} has no rows.")
 
 
 def _read_hub(dataset: str) -> DatasetDict:
-    require_hub(f"dataset {dataset!r}")
     owner, *rest = dataset.split("/")
     if owner == "glue":  # what everyone types; the hub has it under its owner's name
         repository, config = "nyu-mll/glue", rest
     else:
         repository, config = "/".join([owner, *rest[:1]]), rest[1:]
+    if len(config) > 1 or not all([owner, *rest]):
+        raise ValueError(f"dataset {dataset!r}: there is no such file or folder, and it is no hub name.")
+    require_hub(f"dataset {dataset!r}")
     try:
         found = load_dataset(repository, *config)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"dataset {dataset!r} is neither a local path nor readable from the hub: {error}") from error
-    return DatasetDict({name: split for name, split in found.items() if name in SPLITS and _has_labels(split)})
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        raise ValueError(f"dataset {dataset!r} is neither a local path nor readable from the hub: {cause}") from error
+    splits = {name: split for name, split in found.items() if name in SPLITS and _has_labels(split)}
+    if "validation" not in splits:
+        logger.warning("dataset %r: no validation split among %s; nothing to evaluate on.", dataset, ", ".join(found))
+    return DatasetDict(splits)
 
 
 def _has_labels(split: Dataset) -> bool:
     """GLUE hides the labels of its test splits behind -1."""
-    return "label" not in split.column_names or set(split.unique("label")) != {-1}
+    column = label_column(split)
+    return column is None or set(split.unique(column)) != {-1}
 
 
-def _text_columns(dataset: str, train: Dataset, asked: list[str] | None) -> tuple[str, ...]:
-    strings = [name for name, feature in train.features.items() if getattr(feature, "dtype", "") in STRINGS]
+def _checked(
+    splits: DatasetDict, text_columns: list[str] | None, label_column: str | None
+) -> tuple[DatasetDict, tuple[str, ...], str, list[str]]:
+    if "train" not in splits:
+        raise ValueError(f"no train split; it has {', '.join(splits) or 'none of ' + ', '.join(SPLITS)}.")
+    label = _label_column(splits["train"], label_column)
+    texts = _text_columns(splits["train"], text_columns, label)
+    for name, split in splits.items():
+        _check_texts(split, texts, name)
+    splits, names = number_labels(splits, label)
+    return splits, texts, label, names
+
+
+def _label_column(train: Dataset, asked: str | None) -> str:
+    usual = [asked] if asked else list(LABEL_COLUMNS)
+    found = [name for name in usual if name in train.column_names]
+    if len(found) == 1:
+        return found[0]
+    problem = f"both {' and '.join(found)} could be" if found else f"none of {', '.join(usual)} is there as"
+    raise ValueError(f"{problem} the label column, among {train.column_names}. Name it (--label-column).")
+
+
+def _text_columns(train: Dataset, asked: list[str] | None, label: str) -> tuple[str, ...]:
+    strings = [name for name, feature in train.features.items() if is_text(feature) and name != label]
     if asked:
-        absent = [name for name in asked if name not in strings]
-        if absent or len(asked) > 2:
-            raise ValueError(
-                f"dataset {dataset!r}: text columns {asked} must be one or two of its text columns, {strings}."
-            )
+        if len(asked) > 2 or len(set(asked)) < len(asked) or not set(asked) <= set(strings):
+            raise ValueError(f"text columns {asked} must be one or two of its text columns, {strings}.")
         return tuple(asked)
     for usual in TEXT_COLUMNS:
         if all(name in strings for name in usual):
             return usual
-    candidates = tuple(name for name in strings if name not in LABEL_COLUMNS)
-    if len(candidates) in (1, 2):
-        return candidates
+    if len(strings) == 1:
+        return (strings[0],)
     raise ValueError(
-        f"dataset {dataset!r}: which columns are the text? It has {train.column_names}; name one or two of them "
+        f"which columns are the text? It has {train.column_names}, text in {strings or 'none'}; name one or two of them "
         "(--text-columns)."
     )
 
 
-STRINGS = ("string", "large_string", "string_view")
-
-
-def _label_column(dataset: str, train: Dataset, asked: str | None) -> str:
-    usual = [asked] if asked else list(LABEL_COLUMNS)
-    found = next((name for name in usual if name in train.column_names), None)
-    if found is None:
-        raise ValueError(
-            f"dataset {dataset!r} has no label column: looked for {', '.join(usual)} among {train.column_names}. Name "
-            "it (--label-column)."
-        )
-    return found
-
-
-def _integer_labels(dataset: str, splits: DatasetDict, column: str) -> tuple[DatasetDict, list[str]]:
-    """Labels as 0..C-1 in every split, and their names; text labels are numbered in sorted order."""
-    for name, split in splits.items():
+def _check_texts(split: Dataset, columns: tuple[str, ...], name: str) -> None:
+    if len(split) == 0:
+        raise ValueError(f"its {name} split is empty.")
+    for column in columns:
         if column not in split.column_names:
-            raise ValueError(f"dataset {dataset!r}: its {name} split has no label column {column!r}.")
-    feature = splits["train"].features[column]
-    if getattr(feature, "dtype", "") in STRINGS:
-        names = sorted(set(splits["train"][column]) - {None})
-        for split_name, split in splits.items():
-            unknown = next((label for label in split[column] if label not in names), None)
-            if any(label not in names for label in split[column]):
-                raise ValueError(
-                    f"dataset {dataset!r}: the {split_name} split has the label {unknown!r}, not in train."
-                )
-        return splits.cast_column(column, ClassLabel(names=names)), names
-    try:
-        labels = {
-            name: read_labels(split.select_columns(column).rename_column(column, "labels"))
-            for name, split in splits.items()
-        }
-    except ValueError as error:
-        raise ValueError(f"dataset {dataset!r}: {error}") from error
-    train = labels["train"]
-    assert train is not None
-    if isinstance(feature, ClassLabel):
-        names = list(feature.names)
-    elif train.is_floating_point():
-        raise ValueError(
-            f"dataset {dataset!r}: its labels in {column!r} are {feature.dtype}; this command trains classifiers, whose "
-            "labels are integers or text."
-        )
-    else:
-        present = sorted(set(train.tolist()))
-        gap = next((value for place, value in enumerate(present) if place != value), None)
-        if gap is not None:
-            raise ValueError(
-                f"dataset {dataset!r}: its train split has the label {gap}, and labels must be 0..C-1 with none left "
-                f"out; it has {present[:10]}. Mend the label {gap}, or renumber the classes."
-            )
-        names = [str(value) for value in present]
-    for name, values in labels.items():
-        assert values is not None
-        check_class_labels(values, len(names), f"dataset {dataset!r}, {name} split")
-    if len(names) < 2:
-        raise ValueError(f"dataset {dataset!r} has one label only, {names}: there is nothing to classify.")
-    return splits.cast_column(column, feature if isinstance(feature, ClassLabel) else Value("int64")), names
+            raise ValueError(f"its {name} split has no text column {column!r}; it has {split.column_names}.")
+        if (row := first_missing(split, column)) is not None:
+            raise ValueError(f"its {name} split has no text in {column!r} at row {row}. Write one, or drop the row.")
+        if not is_text(split.features[column]):
+            raise ValueError(f"its {name} split holds no text in {column!r}, but {split.features[column]}.")

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
@@ -14,6 +15,7 @@ from trainer_ext.labels import check_class_labels, label_column, read_labels
 from trainer_ext.losses import ConfiguredLoss, Loss, check_loss, class_weights, cross_entropy, find_loss
 
 MODEL_LOSS = "model"
+CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 def configure_loss(
@@ -63,8 +65,7 @@ def configure_loss(
 
 def default_loss(model: nn.Module) -> str:
     """`"cross_entropy"` for heads that give one label an item out of several, else `"model"`."""
-    unwrap: Any = getattr(model, "get_base_model", None)
-    base = unwrap() if unwrap else model
+    base = _base_model(model)
     heads = {
         name
         for mapping in (
@@ -80,6 +81,19 @@ def default_loss(model: nn.Module) -> str:
         and getattr(config, "num_labels", 1) > 1
     )
     return "cross_entropy" if type(base).__name__ in heads and single_label else MODEL_LOSS
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether the head predicts the next token, so that the first label of a row is never a target."""
+    base = _base_model(model)
+    causal = base.loss_type == "ForCausalLM" if getattr(base, "loss_type", None) else type(base).__name__ in CAUSAL
+    return causal and not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+
+
+def _base_model(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT wrapper; any other model as it is."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return unwrap() if unwrap else model
 
 
 def _refuse_for_model_loss(**given: Any) -> None:

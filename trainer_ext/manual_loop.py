@@ -34,6 +34,7 @@ class LoopSettings:
         max_steps: Optimizer steps; where it is 0 or less, `epochs` decides.
         warmup_steps: Optimizer steps; a value below 1 is a share of all steps.
         max_grad_norm: Where the gradient's norm is clipped; 0 for never.
+        evaluate_each_epoch: Whether to evaluate after every epoch, or after the last step only.
         divide_by: `"weights"`, the sum of the weights, or `"items"`, the number of labels.
     """
 
@@ -42,6 +43,7 @@ class LoopSettings:
     batch_size: int = 8
     accumulation: int = 1
     eval_batch_size: int = 8
+    evaluate_each_epoch: bool = True
     learning_rate: float = 5e-5
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -66,7 +68,7 @@ class LoopSettings:
 
 @dataclass
 class LoopResult:
-    """What is left when the loop ends: the optimizer, the number of steps, and each epoch's evaluation."""
+    """What is left when the loop ends: the optimizer, the number of steps, and the evaluations in order."""
 
     optimizer: Optimizer
     steps: int
@@ -92,7 +94,7 @@ def train(
         train_dataset: Map-style, with a length; `collate` makes batches with `labels` of it.
         collate: From a list of rows to a batch of tensors.
         settings: The hyperparameters.
-        eval_dataset: Evaluated at the end of every epoch, where given.
+        eval_dataset: Evaluated at the end, and after every epoch where the settings say so.
         metric: An `evaluate.Metric`, fed by `add_batch`.
         class_weights: Shape (C,), float64, or None for 1 each.
         on_step: Called after every optimizer step with keywords `window`, `denominator`, `loss`, `grad_norm`,
@@ -129,9 +131,10 @@ def train(
                     grad_norm=float(norm),
                     learning_rates=rates,
                 )
-        if eval_dataset is not None:
+        done = result.steps == total_steps
+        if eval_dataset is not None and (done or settings.evaluate_each_epoch):
             result.evaluations.append(evaluate(model, eval_dataset, collate, settings, metric, class_weights))
-        if result.steps == total_steps:
+        if done:
             bar.close()
             return result
     raise AssertionError("unreachable: the loop over epochs ends at total_steps")

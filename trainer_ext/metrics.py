@@ -15,12 +15,12 @@ class AccuracyAndF1(evaluate.Metric):
     """GLUE MRPC's pair of metrics over integer predictions and references, shape (N,) each.
 
     Args:
-        num_labels: The number of classes; with more than two, F1 is the mean over classes.
+        num_labels: The number of classes; with more than two, F1 is the mean over those that occur.
     """
 
     def __init__(self, num_labels: int = 2, **kwargs: Any) -> None:
         self.num_labels = num_labels
-        super().__init__(**kwargs)
+        super().__init__(**{"keep_in_memory": True, **kwargs})
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

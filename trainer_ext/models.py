@@ -9,8 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
-from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -50,6 +51,8 @@ def checkpoint_folder(model: str) -> str:
     """
     if model == TINY:
         return str(tiny_checkpoint())
+    if not model.strip():
+        raise ValueError(f"model {model!r}: the name is empty.")
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -62,8 +65,19 @@ def checkpoint_folder(model: str) -> str:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer of `model`."""
-    return _loaded(AutoTokenizer, model)
+    """The tokenizer of `model`; where it has no padding token, the end of a text is one.
+
+    Raises:
+        ValueError: `model` has no tokenizer, or one that cannot pad.
+    """
+    tokenizer = _loaded(AutoTokenizer, model)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where no file is
+        raise ValueError(f"model {model!r} has no vocabulary: save its tokenizer into the same folder.")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"model {model!r}: its tokenizer has no padding token. Set its pad_token and save it.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_model(
@@ -84,10 +98,12 @@ def load_model(
         dropout: False sets every dropout probability of the configuration to 0.
 
     Raises:
-        ValueError: `model` cannot be loaded as a classifier.
+        ValueError: `model` cannot be loaded as a classifier, or has a head for another number of labels.
     """
     torch.manual_seed(seed)
     config = _loaded(AutoConfig, model)
+    own_labels = config.num_labels
+    config.problem_type = "single_label_classification"
     config.num_labels = len(label_names)
     config.id2label = dict(enumerate(label_names))
     config.label2id = {name: i for i, name in enumerate(label_names)}
@@ -95,20 +111,29 @@ def load_model(
         for name, value in config.to_dict().items():
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)
-    return _loaded(AutoModelForSequenceClassification, model, config=config, dtype=dtype)
+    try:
+        return _loaded(AutoModelForSequenceClassification, model, config=config, dtype=dtype)
+    except ValueError as error:
+        if isinstance(error.__cause__, RuntimeError) and own_labels != len(label_names):
+            raise ValueError(
+                f"model {model!r} has a head for {own_labels} labels, and the data has {len(label_names)}: "
+                f"{', '.join(label_names[:10])}. Start from a checkpoint without a head, or mend the labels."
+            ) from error
+        raise
 
 
 def _loaded(auto: Any, model: str, **options: Any) -> Any:
     folder = checkpoint_folder(model)
     try:
         return auto.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"model {model!r} cannot be loaded as {auto.__name__}: {error}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        origin = "" if Path(folder).is_dir() else "is no local folder and "
+        raise ValueError(f"model {model!r} {origin}cannot be loaded as {auto.__name__}: {error}") from error
 
 
 def tiny_checkpoint() -> Path:
     """The tiny BERT's checkpoint folder, below the Hugging Face home; made the first time, never half."""
-    folder = Path(HF_HOME) / "trainer_ext" / f"tiny-bert-{TINY_VERSION}"
+    folder = Path(huggingface_hub.constants.HF_HOME) / "trainer_ext" / f"tiny-bert-{TINY_VERSION}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """The manual loop under `TrainingArguments`: the same settings for both paths, and a clear no for the rest."""
 
+from enum import Enum
 from typing import Any
 
 from transformers import TrainingArguments
@@ -23,9 +24,16 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "auto_find_batch_size": (False,),
     "resume_from_checkpoint": (None,),
     "torch_compile": (False,),
+    "eval_strategy": ("no", "epoch"),
+    "eval_on_start": (False,),
+    "eval_delay": (0,),
     "loss": (None, "cross_entropy"),
     "loss_kwargs": (None, {}),
 }
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
 
 
 def loop_settings(args: TrainingArguments) -> LoopSettings:
@@ -35,7 +43,7 @@ def loop_settings(args: TrainingArguments) -> LoopSettings:
         ValueError: `args` ask for something that the reference does not implement; all such are named.
     """
     refused = [
-        f"{name}={getattr(args, name)} (implemented: {', '.join(map(str, values))})"
+        f"{name}={_plain(getattr(args, name))} (implemented: {', '.join(map(str, values))})"
         for name, values in IMPLEMENTED.items()
         if hasattr(args, name) and getattr(args, name) not in values
     ]
@@ -47,6 +55,7 @@ def loop_settings(args: TrainingArguments) -> LoopSettings:
         batch_size=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         eval_batch_size=args.per_device_eval_batch_size,
+        evaluate_each_epoch=args.eval_strategy == "epoch",
         learning_rate=args.learning_rate,
         weight_decay=args.weight_decay,
         betas=(args.adam_beta1, args.adam_beta2),

@@ -1,11 +1,12 @@
 """What is trained on what: splits, tokenizer, collator and model, ready for `CustomTrainer` or a loop."""
 
 import difflib
-from argparse import ArgumentParser
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -67,8 +68,22 @@ class Task:
     label_names: list[str]
 
     def new_model(self, seed: int, *, dtype: torch.dtype = torch.float32, dropout: bool = True) -> Any:
-        """The model as training starts from it; equal for equal seeds."""
-        return load_model(self.model, self.label_names, seed=seed, dtype=dtype, dropout=dropout)
+        """The model as training starts from it; equal for equal seeds.
+
+        Raises:
+            ValueError: The model cannot be loaded, or reads fewer tokens than the longest row has.
+        """
+        model = load_model(self.model, self.label_names, seed=seed, dtype=dtype, dropout=dropout)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        longest = max(_longest(split) for split in (self.train, self.validation) if split is not None)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"model {self.model!r} reads {positions} tokens, and dataset {self.dataset!r} has a row of {longest}. "
+                f"Cut the texts: --max-length {positions}."
+            )
+        return model
 
     def class_weights(self, spec: Any) -> Tensor | None:
         """The class weights that `spec` (as `CustomTrainingArguments.class_weights`) means on this task."""
@@ -78,6 +93,11 @@ class Task:
         return class_weights(spec, len(self.label_names), labels=read_labels(self.train), label2id=label2id)
 
 
+def _longest(split: Dataset) -> int:
+    ids = split.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+    return pc.max(pc.list_value_length(ids)).as_py()
+
+
 def prepare_task(arguments: TaskArguments) -> Task:
     """Load and tokenise what `arguments` name.
 
@@ -85,9 +105,9 @@ def prepare_task(arguments: TaskArguments) -> Task:
         ValueError: The data or the model is not what is needed; see `load_splits` and `load_model`.
         ConnectionError: Something has to come from a hub that does not answer.
     """
-    dataset = arguments.dataset or default_dataset()
+    dataset = default_dataset() if arguments.dataset is None else arguments.dataset
     data = load_splits(dataset, text_columns=arguments.text_columns, label_column=arguments.label_column)
-    model = arguments.model or default_model(dataset)
+    model = default_model(dataset) if arguments.model is None else arguments.model
     tokenizer = load_tokenizer(model)
     encoded = tokenize(data, tokenizer, max_length=arguments.max_length)
     return Task(
@@ -114,17 +134,23 @@ class TaskParser(HfArgumentParser):
 
     def parse(self, argv: list[str] | None = None) -> tuple[TaskArguments, CustomTrainingArguments]:
         """The two dataclasses; the dataset and the model are named in the first, whatever was left out."""
-        names = ArgumentParser(add_help=False, allow_abbrev=False)
+        names = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         names.add_argument("--dataset")
         names.add_argument("--model")
-        given, _ = names.parse_known_args(argv)
-        dataset = given.dataset or default_dataset()
-        model = given.model or default_model(dataset)
+        try:
+            given, _ = names.parse_known_args(argv)
+        except ArgumentError as error:
+            self.error(str(error))
+        dataset = default_dataset() if given.dataset is None else given.dataset
+        model = default_model(dataset) if given.model is None else given.model
         self.set_defaults(dataset=dataset, model=model, **(TINY_TRAINING if model == TINY else {}))
         known, unknown = self.parse_known_args(argv)
         if unknown:
             self.error(f"{unknown[0]} is not an option{self._nearest(unknown[0])}")
-        task_arguments, args = self.parse_dict(vars(known))
+        try:
+            task_arguments, args = self.parse_dict(vars(known))
+        except (ValueError, OSError) as error:
+            self.error(" ".join(str(error).split()))
         return task_arguments, args
 
     def error(self, message: str) -> NoReturn:

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from trainer_ext.loss_setup import configure_loss
+from trainer_ext.loss_setup import configure_loss, shifts_labels
 from trainer_ext.losses.contract import Loss, LossTerms, divide, exact_dtype
 from trainer_ext.losses.model_head import head_denominator, head_terms
 from trainer_ext.optim.factory import brings_own_groups, build_optimizer
@@ -202,10 +202,7 @@ class ExactLossMixin(_TrainerBase):
         return batch["labels"]
 
     def _shifts_labels(self) -> bool:
-        """Whether the head predicts the next token: its first label of each row is never a target."""
-        model = self.accelerator.unwrap_model(self.model)
-        shifts = getattr(model, "loss_type", None) == "ForCausalLM"
-        return shifts and not getattr(model.config, "is_encoder_decoder", False)
+        return shifts_labels(self.accelerator.unwrap_model(self.model))
 
     def _mean_of_means(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """The loss of a head that does not go by `labels`, of which only the micro-batch's mean is known."""

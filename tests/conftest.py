@@ -1,0 +1,111 @@
+"""What every test needs: no hub, one thread, and a classifier and rows that are made in a moment."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, default_data_collator
+
+from trainer_ext import CustomTrainer, CustomTrainingArguments
+
+VOCABULARY = 40
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 16,
+}
+
+
+def tiny_model(seed=0, *, num_labels=2, dropout=0.1, dtype=torch.float32, tokens=False, **config):
+    """A BERT classifier of sequences or tokens that trains in milliseconds."""
+    torch.manual_seed(seed)
+    head = BertForTokenClassification if tokens else BertForSequenceClassification
+    made = head(
+        BertConfig(
+            **SIZES,
+            num_labels=num_labels,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            **config,
+        )
+    )
+    return made.to(dtype)
+
+
+def rows(count=22, *, num_labels=2, tokens=False, seed=1):
+    """Rows of eight tokens whose classes are unbalanced, so that micro-batches differ in their weight."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, VOCABULARY, (count, 8), generator=generator)
+    shape = (count, 8) if tokens else (count,)
+    labels = (torch.rand(shape, generator=generator) ** 2 * num_labels).long()
+    if tokens:
+        labels[torch.rand(shape, generator=generator) < 0.3] = -100
+    return Dataset.from_dict(
+        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist(), "labels": labels.tolist()}
+    )
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Training arguments that log every step and write nothing besides."""
+
+    def make(cls=CustomTrainingArguments, **options):
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "max_steps": 3,
+            "learning_rate": 1e-3,
+            "dataloader_pin_memory": False,
+            "log_level": "error",
+        }
+        return cls(**{**defaults, **options})
+
+    return make
+
+
+@pytest.fixture
+def trainer(arguments):
+    """A CustomTrainer (or another class) on the rows above."""
+
+    def make(cls=CustomTrainer, *, model=None, train=None, evaluation=None, args=None, **options):
+        arguments_class = options.pop("arguments_class", CustomTrainingArguments)
+        own = {name: options.pop(name) for name in list(options) if name in TRAINER_OPTIONS}
+        if "model_init" not in own:
+            own["model"] = model if model is not None else tiny_model()
+        return cls(
+            args=args or arguments(arguments_class, **options),
+            train_dataset=train if train is not None else rows(),
+            eval_dataset=evaluation,
+            **{"data_collator": default_data_collator, **own},
+        )
+
+    return make
+
+
+TRAINER_OPTIONS = (
+    "callbacks",
+    "compute_loss_func",
+    "compute_metrics",
+    "data_collator",
+    "model_init",
+    "optimizer_cls_and_kwargs",
+    "optimizers",
+    "processing_class",
+)
+
+
+def logged(trainer, name="loss"):
+    """The values that the trainer logged under `name`, in order."""
+    return [entry[name] for entry in trainer.state.log_history if name in entry]

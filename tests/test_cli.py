@@ -1,0 +1,197 @@
+"""The command as a person types it: exit codes, files, messages."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.conftest import SIZES
+from trainer_ext.cli import app
+
+PAIRS = [("a b c", "a b c", 1), ("a b c", "c b a", 1), ("a b d", "a e f", 0), ("d e", "d e", 1), ("f a", "b c", 0)]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder of pairs, and a checkpoint that reads them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, repeats in (("train", 9), ("validation", 3)):
+        rows = [{"sentence1": a, "sentence2": b, "label": label} for a, b, label in PAIRS * repeats]
+        (data / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *"abcdef"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(tmp_path / "model")
+    BertForSequenceClassification(BertConfig(**SIZES)).save_pretrained(tmp_path / "model")
+    return ["--dataset", str(data), "--model", str(tmp_path / "model"), "--learning-rate", "1e-3"]
+
+
+def call(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def parity(corpus, folder, *words):
+    found = call("parity", "run", *corpus, "--output-dir", folder, "--max-steps", 3, "--use_cpu", *words)
+    document = json.loads((folder / "parity.json").read_text()) if (folder / "parity.json").exists() else None
+    return found, document
+
+
+def test_parity_agrees_and_shows_the_stock_trainer(corpus, tmp_path):
+    found, document = parity(corpus, tmp_path / "out", "--modes", "single,ga4,ragged", "--include-stock", "--batch-size", 8)
+    assert found.exit_code == 0, found.output
+    rows = {row["mode"]: row for row in document["modes"]}
+    assert list(rows) == ["single", "stock:single", "ga4", "stock:ga4", "ragged", "stock:ragged"]
+    for mode in ("single", "ga4", "ragged"):
+        assert rows[mode]["verdict"] == "equal"
+        assert rows[mode]["error"] is None
+        assert rows[mode]["first_difference"] is None
+        assert rows[mode]["steps"] == 3
+        assert (rows[mode]["max_abs_loss_difference"], rows[mode]["max_abs_weight_difference"]) == (0.0, 0.0)
+        assert rows[mode]["runs_on"] == {"engine": "BertForSequenceClassification", "world_size": 1}
+        assert rows[mode]["dropout"]
+    assert rows["stock:single"]["verdict"] == "equal"
+    assert rows["stock:ga4"]["verdict"] == "differs"
+    assert rows["stock:ga4"]["first_difference"]["quantity"] == "loss"
+    assert rows["stock:ga4"]["loss_ratio"] == pytest.approx(4, rel=1e-3)
+    assert rows["stock:ga4"]["gradient_ratio"] == pytest.approx(4, rel=1e-3)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "bitwise equal in single, ga4, ragged" in page
+    assert page.count("<svg") == 2
+    assert "bitwise equal in single, ga4, ragged" in found.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_parity_with_the_whole_batch(corpus, tmp_path, dtype):
+    words = ["--modes", "ga2,ga4,ragged", "--whole-batch", "--dtype", dtype, "--class-weights", "[1.0, 3.0]"]
+    found, document = parity(corpus, tmp_path / "out", *words, "--batch-size", 8)
+    assert found.exit_code == 0, found.output
+    assert [row["verdict"] for row in document["modes"]] == ["equal"] * 3
+    assert not any(row["dropout"] for row in document["modes"])
+    largest = max(row["max_abs_loss_difference"] for row in document["modes"])
+    assert 0 < largest < (1e-13 if dtype == "float64" else 1e-5)
+
+
+def test_parity_says_no(corpus, tmp_path, monkeypatch):
+    """A fault in CustomTrainer: exit code 1, the row says where, the page too."""
+    from trainer_ext.trainer import CustomTrainer
+
+    monkeypatch.setattr(CustomTrainer, "_data_parallel_size", lambda self: 2)
+    found, document = parity(corpus, tmp_path / "out", "--modes", "single")
+    assert found.exit_code == 1
+    row = document["modes"][0]
+    assert row["verdict"] == "differs"
+    assert (row["first_difference"]["step"], row["first_difference"]["quantity"]) == (1, "loss")
+    assert row["first_difference"]["candidate"] == pytest.approx(2 * row["first_difference"]["reference"])
+    assert "do not agree: single differs" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_mode_that_breaks_is_a_row(corpus, tmp_path, monkeypatch):
+    from trainer_ext.trainer import CustomTrainer
+
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("no such <device>")
+
+    monkeypatch.setattr(CustomTrainer, "training_step", fail)
+    found, document = parity(corpus, tmp_path / "out", "--modes", "single", "--include-stock")
+    assert found.exit_code == 1
+    broken, stock = document["modes"]
+    assert (broken["verdict"], broken["error"]) == ("failed", "RuntimeError: no such <device>")
+    assert (broken["steps"], broken["max_abs_loss_difference"]) == (0, None)
+    assert stock["verdict"] == "equal"
+    assert "no such &lt;device&gt;" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--modes", "ga4", "--batch-size", "6"], "batch size 6"),
+        (["--modes", "sngle"], "mode 'sngle' is not known. Choices: single, gaN"),
+        (["--modes", ","], "names no mode"),
+        (["--dtype", "float16"], "choose float32 or float64"),
+        (["--class-weights", "[1, 2, 3]"], "3 weights"),
+        (["--class-weights", "[1, NaN]"], "is nan"),
+        (["--lr_scheduler_type", "cosine"], "lr_scheduler_type=cosine"),
+        (["--gradient-accumulation-steps", "2"], "accumulation is what a mode sets"),
+        (["--lerning-rate", "1"], "did you mean --learning-rate?"),
+        (["--max-steps", "many"], "--max-steps"),
+        (["--batch-size", "0"], "--batch-size"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(corpus, tmp_path, words, says):
+    found = call("parity", "run", *corpus, "--output-dir", tmp_path / "out", *words)
+    assert found.exit_code == 2
+    assert says in found.output + getattr(found, "stderr", "")
+    assert "Traceback" not in found.output
+    assert not (tmp_path / "out" / "parity.json").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "manual"])
+def test_a_trained_folder_is_a_checkpoint(corpus, tmp_path, command):
+    out = tmp_path / "out"
+    found = call(
+        command, *corpus, "--output-dir", out, "--epochs", 1, "--batch-size", 4, "--accumulation", 2,
+        "--class-weights", "balanced", "--seed", 3, "--weight-decay", 0.1, "--use-cpu", "--disable-tqdm", "true",
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    metrics = json.loads((out / "eval_results.json").read_text())
+    assert {"eval_loss", "eval_accuracy", "eval_f1"} <= metrics.keys()
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in out.iterdir()}
+
+
+def test_train_and_manual_end_in_the_same_numbers(corpus, tmp_path):
+    def metrics(command):
+        out = tmp_path / command
+        words = ["--output-dir", out, "--epochs", 2, "--batch-size", 4, "--accumulation", 3, "--use-cpu"]
+        found = call(command, *corpus, *words, "--class-weights", '{"1": 2.5}')
+        assert found.exit_code == 0, found.output
+        read = json.loads((out / "eval_results.json").read_text())
+        return {name: read[name] for name in ("eval_loss", "eval_accuracy", "eval_f1")}
+
+    assert metrics("train") == metrics("manual")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--dataset", "no/such/folder.jsonl"], "no such file or folder"),
+        (["--model", "./nowhere"], "no such checkpoint folder"),
+        (["--loss", "dise"], "loss 'dise' is not known"),
+        (["--class-weights", "[1, -1]"], "is -1"),
+        (["--max-grad-nrm", "1"], "did you mean --max-grad-norm?"),
+    ],
+)
+def test_train_refuses_before_training(corpus, tmp_path, words, says):
+    found = call("train", *corpus, "--output-dir", tmp_path / "out", *words)
+    assert found.exit_code == 2
+    assert says in found.output + getattr(found, "stderr", "")
+
+
+def test_configs_are_listed_and_found():
+    listed = call("configs")
+    assert listed.exit_code == 0
+    assert "zero2.json" in listed.output
+    assert call("configs", "zero2").output.strip().endswith("ds_configs/zero2.json")
+    assert call("configs", "zero9").exit_code == 2
+
+
+@pytest.mark.parametrize("words", [[], ["train"], ["manual"], ["parity"], ["parity", "run"], ["configs"]])
+def test_help_teaches(words):
+    found = call(*words, "--help")
+    assert found.exit_code == 0
+    assert "Usage" in found.output
+    if words in (["train"], ["parity", "run"]):
+        assert "TrainingArguments" in found.output
+
+
+@pytest.mark.parametrize("words", ["import trainer_ext", "from trainer_ext.cli import app, main"])
+def test_nothing_heavy_is_imported_before_it_is_needed(words):
+    heavy = ("torch", "transformers", "accelerate", "datasets", "deepspeed", "numpy", "matplotlib", "sklearn")
+    code = f"{words}; import sys; print([name for name in {heavy!r} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

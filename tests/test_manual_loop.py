@@ -1,0 +1,133 @@
+"""The manual loop and CustomTrainer: the same bits, dropout on, for whole runs."""
+
+import inspect
+
+import pytest
+import torch
+from transformers import default_data_collator
+
+from tests.conftest import rows, tiny_model
+from trainer_ext import accelerate_loop, class_weights, manual_loop
+from trainer_ext.manual_loop import LoopSettings
+from trainer_ext.metrics import AccuracyAndF1, compute_metrics
+from trainer_ext.parity import Recorder, TrainerRecorder, compare
+from trainer_ext.reference import loop_settings
+
+CASES = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2},
+    "ragged": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 4},
+    "weights": {"class_weights": "balanced", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+    "count": {"class_weights": [1.0, 3.0], "loss_reduction": "mean", "gradient_accumulation_steps": 2},
+    "decay and warmup": {"weight_decay": 0.3, "warmup_steps": 2, "adam_beta2": 0.9, "adam_epsilon": 1e-6},
+    "warmup by share": {"warmup_steps": 0.4},
+    "clipping": {"max_grad_norm": 0.05},
+    "no clipping": {"max_grad_norm": 0.0},
+    "loop AdamW": {"optim": "adamw_torch"},
+    "smoothing": {"label_smoothing_factor": 0.1, "class_weights": [1.0, 3.0]},
+    "part of an epoch": {"max_steps": 4},
+    "another seed": {"seed": 7},
+    "float64": {"dtype": torch.float64, "class_weights": [1.0, 3.0]},
+    "tokens": {"tokens": True, "class_weights": "balanced", "gradient_accumulation_steps": 2},
+}
+
+
+def train_manually(loop, args, *, tokens, dtype):
+    data, evaluation, model = rows(tokens=tokens), rows(13, tokens=tokens), tiny_model(tokens=tokens, dtype=dtype)
+    labels = torch.tensor(data["labels"])
+    weights = None if args.class_weights is None else class_weights(args.class_weights, 2, labels=labels)
+    recorder = Recorder("loop")
+    recorder.begin(model, engine=type(model).__name__)
+    result = loop.train(
+        model,
+        data,
+        default_data_collator,
+        loop_settings(args),
+        eval_dataset=evaluation,
+        metric=AccuracyAndF1(),
+        class_weights=weights,
+        on_step=recorder.step,
+        progress=False,
+    )
+    return recorder.end(model, result.optimizer, result.evaluations)
+
+
+@pytest.mark.parametrize("loop", [manual_loop, accelerate_loop], ids=["manual", "accelerate"])
+@pytest.mark.parametrize("case", CASES)
+def test_bitwise_equal(trainer, loop, case):
+    options = {"num_train_epochs": 2, "max_steps": -1, "eval_strategy": "epoch", **CASES[case]}
+    tokens, dtype = options.pop("tokens", False), options.pop("dtype", torch.float32)
+    run = trainer(
+        model=tiny_model(tokens=tokens, dtype=dtype),
+        train=rows(tokens=tokens),
+        evaluation=rows(13, tokens=tokens),
+        compute_metrics=compute_metrics(),
+        **options,
+    )
+    recorder = TrainerRecorder(run)
+    run.train()
+    candidate = recorder.finish()
+    reference = train_manually(loop, run.args, tokens=tokens, dtype=dtype)
+
+    found = compare(reference, candidate)
+    assert found.first_difference is None
+    assert (found.max_abs_loss_difference, found.max_abs_weight_difference) == (0.0, 0.0)
+    assert len(reference.steps) >= 4
+    assert len(reference.evaluations) == 2
+    assert reference.initial_weights != reference.final_weights
+    assert reference.optimizer_state
+
+
+def test_dropout_is_on():
+    """Without the trainer's random state a run differs: the equality above holds with masks drawn."""
+
+    def losses(dropout):
+        found = []
+        manual_loop.train(
+            tiny_model(dropout=dropout),
+            rows(),
+            default_data_collator,
+            LoopSettings(max_steps=2),
+            on_step=lambda **step: found.append(step["loss"]),
+            progress=False,
+        )
+        return found
+
+    assert losses(0.1) == losses(0.1)
+    assert losses(0.1) != losses(0.0)
+
+
+def test_an_epoch_is_a_permutation_of_seed_and_epoch():
+    orders = [manual_loop.epoch_order(50, seed, epoch) for seed, epoch in [(42, 0), (42, 1), (43, 0), (42, 0)]]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert orders[0] == orders[3]
+    assert orders[1] == orders[2]  # the seed of an epoch is seed + epoch, as accelerate draws it
+    assert orders[0] != orders[1]
+
+
+def test_an_empty_dataset_is_an_error():
+    with pytest.raises(ValueError, match="empty"):
+        manual_loop.train(tiny_model(), [], default_data_collator, LoopSettings(), progress=False)
+
+
+def test_no_label_at_all_is_zero():
+    data = rows(8, tokens=True).remove_columns("labels").add_column("labels", [[-100] * 8] * 8)
+    seen = []
+    manual_loop.train(
+        tiny_model(tokens=True),
+        data,
+        default_data_collator,
+        LoopSettings(max_steps=1),
+        on_step=lambda **step: seen.append((step["loss"], step["grad_norm"], step["denominator"])),
+        progress=False,
+    )
+    assert seen == [(0.0, 0.0, 0.0)]
+
+
+def test_what_the_reference_lacks_is_refused(arguments):
+    with pytest.raises(ValueError, match=r"lr_scheduler_type=.*cosine.*; optim=.*sgd.*; loss=model"):
+        loop_settings(arguments(lr_scheduler_type="cosine", optim="sgd", loss="model"))
+
+
+def test_it_can_be_read_in_five_minutes():
+    assert len(inspect.getsource(manual_loop).splitlines()) < 260
