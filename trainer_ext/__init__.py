@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainer_ext import manual_loop, parity
     from trainer_ext.arguments import CustomTrainingArguments
+    from trainer_ext.exact_loss import ExactLossMixin
     from trainer_ext.losses import LOSSES, LossTerms, class_weights
-    from trainer_ext.trainer import CustomTrainer, ExactLossMixin
+    from trainer_ext.trainer import CustomTrainer
 
 __version__ = "0.1.0"
 
@@ -28,7 +29,7 @@ __all__ = [
 _HOMES = {
     "CustomTrainer": "trainer_ext.trainer",
     "CustomTrainingArguments": "trainer_ext.arguments",
-    "ExactLossMixin": "trainer_ext.trainer",
+    "ExactLossMixin": "trainer_ext.exact_loss",
     "LOSSES": "trainer_ext.losses",
     "LossTerms": "trainer_ext.losses",
     "class_weights": "trainer_ext.losses",

@@ -11,56 +11,40 @@ share a wording. A positive pair words one event twice. A negative pair words tw
 two facts changed, two actors swapped, or every fact drawn afresh (``CHANGES``).
 
 Both events of a negative follow the distribution of the positives, so one sentence alone says nothing of the
-label. No event of a validation pair occurs in training. The pools are small on purpose: a small BERT that
-starts from random weights must learn to compare two sentences within a minute.
+label. No event of a validation pair occurs in training. The pools are small, the wordings short and most
+changes large on purpose: a small BERT that starts from random weights must learn to compare two sentences
+within half a minute, with dropout on. Changed single facts and swapped actors remain hard for it.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from random import Random
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 SEED = 20
 SIZES = {"train": 6000, "validation": 400}
 POSITIVE_PERCENT = 68
+MOST_DRAWS = 10_000  # for one pair, before giving up: a pool too small for SIZES must not loop for ever
 
 POOLS = {
     slot: tuple(words.split())
     for slot, words in {
-        "company": "Altrex Bendaro Corvane Dynolab Elvanta Fernwell Halvora Joltech",
-        "person": "Abbott Brisco Calder Ekholm Gillis Lorimer Norwood Parrish",
-        "city": "Ardenia Belmarsh Dunmere Estova Grenholm Kelmont Marovia Osterby",
-        "number": "12 15 20 24 30 35 40 50",
-        "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
-        "move": "up down",
+        "company": "Altrex Bendaro Corvane Dynolab",
+        "person": "Abbott Brisco Calder Ekholm",
+        "city": "Belmarsh Dunmere Grenholm Kelmont",
+        "number": "12 20 30 50",
+        "day": "Monday Wednesday Friday",
         "verdict": "upheld overturned",
-        "vote": "approved rejected",
-        "harm": "killed injured",
     }.items()
 }
 
 SYNONYMS = {
-    fact: tuple(words.split("|"))
-    for fact, words in {
-        "up": "rose|climbed|increased|gained",
-        "down": "fell|dropped|declined|slipped",
-        "up noun": "rise|gain|jump",
-        "down noun": "fall|drop|decline",
-        "upheld": "upheld|confirmed|affirmed",
-        "overturned": "overturned|quashed|annulled",
-        "approved": "approved|passed|adopted",
-        "rejected": "rejected|defeated|blocked",
-        "injured": "injured|hurt|wounded",
-    }.items()
+    "upheld": ("upheld", "confirmed"),
+    "overturned": ("overturned", "quashed"),
 }
 
-ATTRIBUTIONS = (
-    ("officials", "authorities"),
-    ("a spokesman", "a spokeswoman"),
-    ("local media", "newspapers"),
-    ("people familiar with the matter", "sources"),
-)
+ATTRIBUTIONS = (("officials", "authorities"), ("a spokesman", "a statement"))
 
 
 class Kind(NamedTuple):
@@ -72,94 +56,53 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "shares": Kind(
-        ("company", "move", "number", "day"),
-        (
-            "[shares|stock] in {company} {move} {number} percent on {day}",
-            "on {day} , {company} [shares|stock] {move} by {number} percent",
-            "a {move noun} of {number} percent in {company} [shares|stock] was [seen|recorded] on {day}",
-            "{day} [trading|dealings] saw a {number} percent {move noun} in {company} [shares|stock]",
-        ),
-    ),
     "takeover": Kind(
         ("buyer:company", "target:company", "number", "day"),
         (
-            "{buyer} [bought|acquired] {target} for [about|some] {number} million dollars on {day}",
-            "{target} was [bought|acquired|taken over] by {buyer} on {day} for {number} million dollars",
-            "on {day} , {buyer} [paid|spent] {number} million dollars to [buy|acquire] {target}",
-            "the [sale|takeover] of {target} to {buyer} for {number} million dollars was completed on {day}",
+            "{buyer} [bought|acquired] {target} for {number} million on {day}",
+            "{target} was [bought|acquired] by {buyer} on {day} for {number} million",
+            "on {day} , {buyer} paid {number} million for {target}",
         ),
         ("buyer", "target"),
     ),
     "court": Kind(
         ("city", "verdict", "number", "person", "day"),
         (
-            "a court in {city} {verdict} the {number} year sentence of {person} on {day}",
-            "the {number} year [sentence|term] of {person} was {verdict} by a {city} [court|judge] on {day}",
-            "on {day} , [judges|a panel] in {city} {verdict} a {number} year [term|sentence] for {person}",
-            "{person} had a {number} year [term|sentence] {verdict} by [judges|a court] in {city} on {day}",
-        ),
-    ),
-    "disaster": Kind(
-        ("city", "harm", "number", "day"),
-        (
-            "{number} people were {harm} when a [storm|hurricane] [hit|struck] {city} on {day}",
-            "a [storm|hurricane] [hit|struck] {city} on {day} and {harm} {number} people",
-            "on {day} , a [storm|hurricane] {harm} {number} [residents|people] [in|near] {city}",
-            "{number} [residents|people] of {city} were {harm} by a [storm|hurricane] on {day}",
+            "a {city} court {verdict} the {number} year sentence of {person} on {day}",
+            "the {number} year [sentence|term] of {person} was {verdict} by a {city} court on {day}",
+            "on {day} , a {city} court {verdict} the {number} year sentence of {person}",
         ),
     ),
     "match": Kind(
         ("winner:city", "loser:city", "number", "day"),
         (
             "{winner} [beat|defeated] {loser} by {number} points on {day}",
-            "{loser} were [beaten|defeated] by {winner} by {number} points on {day}",
-            "on {day} , {loser} lost to {winner} by {number} points",
-            "{winner} [scored|earned] a {number} point [win|victory] over {loser} on {day}",
+            "{loser} lost to {winner} by {number} points on {day}",
+            "on {day} , {loser} were [beaten|defeated] by {winner} by {number} points",
         ),
         ("winner", "loser"),
-    ),
-    "vote": Kind(
-        ("city", "vote", "number", "day"),
-        (
-            "lawmakers in {city} {vote} the [budget|spending] bill by {number} votes on {day}",
-            "the [budget|spending] bill was {vote} by {number} votes in {city} on {day}",
-            "on {day} , the {city} [parliament|assembly] {vote} the budget by {number} votes",
-            "the budget was {vote} on {day} by the {city} [parliament|assembly] by {number} votes",
-        ),
-    ),
-    "study": Kind(
-        ("person", "move", "number", "city"),
-        (
-            "asthma cases {move} {number} percent in {city} , a study by {person} [found|showed]",
-            "a study by {person} [found|showed] that asthma [cases|rates] in {city} {move} {number} percent",
-            "{person} [found|reported] a {number} percent {move noun} in asthma [cases|rates] in {city}",
-            "in {city} , asthma [cases|rates] {move} {number} percent , according to {person}",
-        ),
     ),
     "arrest": Kind(
         ("city", "number", "person", "day"),
         (
             "police in {city} [arrested|detained] {person} and {number} others on {day}",
             "{person} and {number} others were [arrested|detained] by {city} police on {day}",
-            "on {day} , {city} [officers|police] held {number} people and {person}",
-            "{number} people and {person} were [held|jailed] on {day} in {city}",
+            "on {day} , {city} police [arrested|held] {number} people and {person}",
         ),
     ),
     "post": Kind(
         ("company", "new:person", "old:person", "day"),
         (
-            "{company} [named|appointed] {new} as chairman on {day} to [replace|succeed] {old}",
+            "{company} [named|appointed] {new} to [replace|succeed] {old} on {day}",
             "{new} [replaced|succeeded] {old} as chairman of {company} on {day}",
             "on {day} , {old} was [replaced|succeeded] by {new} as {company} chairman",
-            "{old} [handed over|gave up] the top post at {company} to {new} on {day}",
         ),
         ("new", "old"),
     ),
 }
 
 # Weights of the ways a negative pair's second event differs from its first.
-CHANGES = {"one": 20, "two": 35, "swap": 5, "all": 40}
+CHANGES = {"one": 10, "two": 25, "swap": 5, "all": 60}
 
 Event = dict[str, str]
 T = TypeVar("T")
@@ -168,10 +111,10 @@ T = TypeVar("T")
 class Pair(NamedTuple):
     kind: str
     facts: tuple[Event, Event]
-    row: dict
+    row: dict[str, Any]
 
 
-def sample_rows(split: str) -> list[dict]:
+def sample_rows(split: str) -> list[dict[str, Any]]:
     """The rows of ``split`` ("train" or "validation"), new dicts on each call; ValueError otherwise."""
     if split not in SIZES:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SIZES)}")
@@ -192,12 +135,14 @@ def _split(rng: Random, size: int, held_out: frozenset[tuple[str, ...]]) -> list
     pairs: dict[tuple[str, str], Pair] = {}
     for label in _shuffled(rng, [1] * positives + [0] * (size - positives)):
         kind = _pick(rng, tuple(KINDS))
-        while True:
+        for _ in range(MOST_DRAWS):
             first = _event(rng, KINDS[kind])
             second = first if label else _changed(rng, KINDS[kind], first)
             texts = _sentences(rng, KINDS[kind], (first, second))
             if texts not in pairs and held_out.isdisjoint((_key(kind, first), _key(kind, second))):
                 break
+        else:
+            raise AssertionError(f"no new pair of kind {kind!r} in {MOST_DRAWS} draws: POOLS are too small")
         row = {"sentence1": texts[0], "sentence2": texts[1], "label": label, "idx": len(pairs)}
         pairs[texts] = Pair(kind, (first, second), row)
     return list(pairs.values())
@@ -223,8 +168,7 @@ def _event(rng: Random, kind: Kind) -> Event:
 
 def _changed(rng: Random, kind: Kind, event: Event) -> Event:
     """Another event of the kind, each changed slot drawn evenly from the values ``event`` does not hold."""
-    ways = [way for way, weight in CHANGES.items() for _ in range(weight)]
-    way = _pick(rng, ways)
+    way = _pick(rng, [way for way, weight in CHANGES.items() for _ in range(weight)])
     if way == "swap" and kind.swap:
         one, other = kind.swap
         return event | {one: event[other], other: event[one]}
@@ -241,12 +185,12 @@ def _sentence(rng: Random, wording: str, facts: Event, source: tuple[str, ...]) 
         return _pick(rng, match[1].split("|"))
 
     def fact(match: re.Match[str]) -> str:
-        value = facts[match[1]] + (match[2] or "")
+        value = facts[match[1]]
         return _pick(rng, SYNONYMS.get(value, (value,)))
 
-    text = re.sub(r"\{(\w+)( noun)?\}", fact, re.sub(r"\[([^]]+)\]", alternative, wording))
-    speaker, verb = _pick(rng, source), _pick(rng, ("said", "reported"))
-    text = _pick(rng, (text, text, text, text, f"{speaker} {verb} that {text}", f"{text} , {speaker} {verb}"))
+    text = re.sub(r"\{(\w+)\}", fact, re.sub(r"\[([^]]+)\]", alternative, wording))
+    speaker = _pick(rng, source)
+    text = _pick(rng, (*[text] * 8, f"{speaker} said that {text}", f"{text} , {speaker} said"))
     return f"{text[0].upper()}{text[1:]} ."
 
 

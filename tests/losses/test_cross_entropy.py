@@ -43,9 +43,7 @@ def test_sums_over_any_split_are_pytorchs_mean(shape, smoothing, weights, parts)
 def test_a_mean_of_means_is_something_else():
     logits, labels = batch()
     whole = LOSS(logits, labels, class_weights=WEIGHTS).mean()
-    parts = [
-        LOSS(*part, class_weights=WEIGHTS).mean() for part in zip(logits.chunk(4), labels.chunk(4), strict=True)
-    ]
+    parts = [LOSS(*part, class_weights=WEIGHTS).mean() for part in zip(logits.chunk(4), labels.chunk(4), strict=True)]
     assert abs(torch.stack(parts).mean() - whole) > 1e-2
 
 
@@ -53,9 +51,7 @@ def test_sample_weights_repeat_samples():
     logits, labels = batch((4, 3))
     counts = torch.tensor([2, 0, 1, 3])
     weighted = LOSS(logits, labels, class_weights=WEIGHTS, sample_weights=counts)
-    repeated = LOSS(
-        logits.repeat_interleave(counts, 0), labels.repeat_interleave(counts, 0), class_weights=WEIGHTS
-    )
+    repeated = LOSS(logits.repeat_interleave(counts, 0), labels.repeat_interleave(counts, 0), class_weights=WEIGHTS)
     torch.testing.assert_close(weighted.numerator, repeated.numerator, rtol=1e-14, atol=0)
     torch.testing.assert_close(weighted.denominator, repeated.denominator, rtol=1e-14, atol=0)
 

@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 from tests.conftest import rows, tiny_model
-from trainer_ext import CustomTrainer
-from trainer_ext.parity import TrainerRecorder, compare
 from tests.test_manual_loop import train_manually
-from trainer_ext import manual_loop
+from trainer_ext import CustomTrainer, manual_loop
 from trainer_ext.metrics import compute_metrics
+from trainer_ext.parity import TrainerRecorder, compare
 
 OPTIONS = {
     "num_train_epochs": 2,
@@ -91,9 +90,19 @@ MUTATIONS = {
     "a wrong normaliser": (WrongNormaliser, {}, 1, "denominator"),
     "a mean of means": (MeanOfMeans, {}, 1, "loss"),
     "decay on a bias": (DecayOnBias, {}, 0, "weight_decay[classifier.bias]"),
-    "another decay": (CustomTrainer, {"weight_decay": 0.11}, 0, "weight_decay[bert.embeddings.word_embeddings.weight]"),
+    "another decay": (
+        CustomTrainer,
+        {"weight_decay": 0.11},
+        0,
+        "weight_decay[bert.embeddings.word_embeddings.weight]",
+    ),
     "a NaN at step 2": (NanAtStepTwo, {}, 2, "loss"),
-    "another head": (CustomTrainer, {"model_seed": 1}, 0, "initial_weights[bert.embeddings.position_embeddings.weight]"),
+    "another head": (
+        CustomTrainer,
+        {"model_seed": 1},
+        0,
+        "initial_weights[bert.embeddings.position_embeddings.weight]",
+    ),
     "another epsilon": (CustomTrainer, {"adam_epsilon": 1e-4}, 2, "loss"),
     "the schedule stepped twice": (StepsTheScheduleTwice, {}, 2, "learning_rate"),
     "no clipping": (ClipsLater, {"max_grad_norm": 0.01}, 2, "loss"),

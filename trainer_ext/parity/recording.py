@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
+from trainer_ext.exact_loss import ExactLossMixin
 from trainer_ext.parity.trajectory import Recorder, Trajectory
-from trainer_ext.trainer import ExactLossMixin
 
 
 class TrainerRecorder(TrainerCallback):

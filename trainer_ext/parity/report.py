@@ -21,7 +21,7 @@ from rich.table import Table
 
 from trainer_ext.parity.matrix import Matrix, Row, as_json
 
-COLUMNS = ("mode", "verdict", "steps", "loss", "gradient", "max Δloss", "max Δweight", "held to")
+COLUMNS = ("mode", "verdict", "steps", "loss ratio", "gradient ratio", "max Δloss", "max Δweight", "held to")
 CURVES = (("loss", "Loss of each step"), ("grad_norm", "Gradient norm before clipping"))
 
 
@@ -45,7 +45,9 @@ def write(rows: list[Row], matrix: Matrix, folder: Path, *, command: list[str]) 
 def show(rows: list[Row], matrix: Matrix, folder: Path, console: Console | None = None) -> None:
     """Print the table, the differences and the verdict."""
     console = console or Console()
-    table = Table(*COLUMNS, title="CustomTrainer and the stock Trainer, held against the manual loop")
+    table = Table(title="CustomTrainer and the stock Trainer, held against the manual loop")
+    for place, column in enumerate(COLUMNS):
+        table.add_column(column, no_wrap=place < 2)
     for row in rows:
         style = {"equal": "green", "differs": "red" if row.counts else "yellow", "failed": "red"}[row.verdict]
         table.add_row(*cells(row), style=style)

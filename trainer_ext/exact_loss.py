@@ -1,0 +1,247 @@
+"""`ExactLossMixin`: a `Trainer` whose numbers do not depend on how a step is split.
+
+It brings the loss contract (`losses/contract.py`) to any `Trainer` subclass:
+
+1. `get_batch_samples` sums the loss's denominator over the step's micro-batches and over all ranks, before
+   the first forward, and hands the total on as `num_items_in_batch`;
+2. `compute_loss` returns `numerator * data_parallel_size / total`. DDP, FSDP and DeepSpeed average gradients
+   over data-parallel ranks, which takes the factor out again, and nothing else divides
+   (`loss_is_scaled_for_ga = True`);
+3. evaluation sums numerators and denominators over the whole split, so that `eval_loss` is one number for
+   every batch size.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from trainer_ext.loss_setup import configure_loss, shifts_labels
+from trainer_ext.losses.contract import Loss, LossTerms, divide, exact_dtype
+from trainer_ext.losses.model_head import head_denominator, head_terms
+
+if TYPE_CHECKING:  # the mixin calls a Trainer's methods through super() and self, and is none itself
+    _TrainerBase = Trainer
+else:
+    _TrainerBase = object
+
+
+class ExactLossMixin(_TrainerBase):
+    """Put before a `Trainer` class among the bases, it makes that class's loss exact.
+
+    A subclass that overrides `compute_loss` says with `loss_is_scaled_for_ga` what its loss is: `True`, divided
+    by `num_items_in_batch` (the step's total denominator); `False`, the mean of one micro-batch. One that says
+    nothing is taken for the second, with a warning.
+
+    Args:
+        loss: A `Loss` of your own, or a name as in `CustomTrainingArguments.loss`, over which it wins.
+            Everything else goes to the `Trainer`.
+
+    Raises:
+        TypeError: The mixin stands after the `Trainer` among the bases.
+        ValueError: The loss, its options or its weights do not fit the model or the labels.
+    """
+
+    loss_is_scaled_for_ga: bool | None = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(ExactLossMixin):
+            raise TypeError(
+                f"class {cls.__name__}: ExactLossMixin must stand before the Trainer among the bases, or the Trainer's "
+                "own loss is used. Write `class MyTrainer(ExactLossMixin, Trainer)`."
+            )
+
+    def __init__(self, *args: Any, loss: Loss | str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._announced: Tensor | None = None  # this step's denominators, one a micro-batch
+        self._denominator_gap: Tensor | None = None  # the largest miss of an announcement so far
+        self._split_sums: Tensor | None = None  # in evaluation: numerators, denominators, batches
+        if not _says_what_its_loss_is(type(self)):
+            self.loss_is_scaled_for_ga = False
+            warnings.warn(
+                f"{type(self).__name__} overrides compute_loss without saying how its loss is scaled, so it is taken "
+                "for the mean of one micro-batch: the step's loss is a mean of means, which is not the mean over the "
+                "step's items when micro-batches differ in size or weight. Set `loss_is_scaled_for_ga = True` on the "
+                "class if the loss is divided by `num_items_in_batch`, `False` if a mean of means is meant, or pass "
+                "the loss as CustomTrainer(loss=...).",
+                stacklevel=2,
+            )
+        if self.compute_loss_func is not None and (loss or _asked_for_a_loss(self.args)):
+            raise ValueError(
+                "compute_loss_func and a loss (loss=, args.loss or args.class_weights) are both given: choose one."
+            )
+        self.configured_loss = configure_loss(
+            self.args,
+            cast(nn.Module, self.model),
+            loss=loss,
+            train_dataset=self.train_dataset,
+            eval_dataset=self.eval_dataset,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The next step's micro-batches, and the sum of their denominators over all data-parallel ranks."""
+        if self._loss_is_not_ours():
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = list(islice(epoch_iterator, num_batches))
+        if not batches or (self.configured_loss is None and "labels" not in batches[0]):
+            return batches, None
+        self._announced = torch.stack([self._denominator(batch).to(device) for batch in batches])
+        total = self._sum_over_ranks(self._announced.sum())
+        return batches, total / self._ranks_sharing_a_batch()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's share of the step's loss: `numerator * data_parallel_size / total`.
+
+        Args:
+            model: The model, wrapped or not.
+            inputs: One micro-batch, with its `labels`.
+            return_outputs: Whether to return `(loss, outputs)`.
+            num_items_in_batch: The step's total denominator, as `get_batch_samples` announced it. Without it,
+                and in evaluation, the loss is the mean over this micro-batch alone.
+
+        Raises:
+            RuntimeError: The caller divides this loss once more, or the loss's denominator is not the one that
+                was announced.
+        """
+        if not self.loss_is_scaled_for_ga:
+            raise RuntimeError(
+                f"{type(self).__name__}: this loss is already scaled for gradient accumulation, and "
+                "loss_is_scaled_for_ga is not True, so that it would be divided once more. A subclass whose compute_loss "
+                "calls super().compute_loss sets `loss_is_scaled_for_ga = True`."
+            )
+        if self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.configured_loss is None and "labels" not in inputs:
+            return self._mean_of_means(model, inputs, return_outputs)
+        terms, outputs = self._forward(model, inputs)
+        if self._split_sums is not None:
+            self._split_sums += torch.stack([*terms, terms.denominator.new_ones(())]).detach().to(self._split_sums)
+        if model.training and self._split_sums is None and num_items_in_batch is not None:
+            self._hold_to_announcement(terms.denominator)
+            total = torch.as_tensor(num_items_in_batch, device=terms.numerator.device)
+            loss = divide(terms.numerator * self._data_parallel_size(), total)
+        else:
+            loss = terms.mean()
+        if not return_outputs:
+            return loss
+        return loss, outputs if isinstance(outputs, Mapping) else (loss, *outputs)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The stock loop, with the loss as `sum(numerators) / sum(denominators)` over the whole split."""
+        device = self.args.device
+        self._split_sums = torch.zeros(3, dtype=exact_dtype(device), device=device)
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            numerator, denominator, batches = self._sum_over_ranks(self._split_sums)
+        finally:
+            self._split_sums = None
+        if batches:
+            cast(dict[str, float], output.metrics)[f"{metric_key_prefix}_loss"] = divide(numerator, denominator).item()
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The stock log, after a look at whether every denominator was the one announced."""
+        self._check_announcements()
+        super().log(logs, start_time)
+
+    def _loss_is_not_ours(self) -> bool:
+        return self.compute_loss_func is not None or not self.loss_is_scaled_for_ga
+
+    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossTerms, Any]:
+        labels = self._labels(inputs)
+        if self.configured_loss is None:
+            outputs = model(**inputs)
+            mean = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+            return head_terms(mean, labels, shifted=self._shifts_labels()), outputs
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        return self.configured_loss(logits, labels), outputs
+
+    def _denominator(self, batch: dict[str, Any]) -> Tensor:
+        labels = self._labels(batch)
+        if self.configured_loss is None:
+            return head_denominator(labels, shifted=self._shifts_labels())
+        return self.configured_loss.denominator(labels)
+
+    def _labels(self, batch: dict[str, Any]) -> Tensor:
+        if batch.get("labels") is None:
+            raise ValueError(
+                f"the batch has no labels (it has {', '.join(batch)}), and the loss needs them. Name the dataset's label "
+                "column 'label' or 'labels', or use loss='model' for a head that computes its loss from other columns."
+            )
+        return batch["labels"]
+
+    def _shifts_labels(self) -> bool:
+        return shifts_labels(self.accelerator.unwrap_model(self.model))
+
+    def _mean_of_means(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """The loss of a head that does not go by `labels`, of which only the micro-batch's mean is known."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if model.training and self._split_sums is None:
+            loss = loss / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value, reduction="sum")
+
+    def _ranks_sharing_a_batch(self) -> int:
+        """Tensor, context and sequence parallel ranks see the same samples."""
+        return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+
+    def _data_parallel_size(self) -> int:
+        return self.args.world_size // self._ranks_sharing_a_batch()
+
+    def _hold_to_announcement(self, denominator: Tensor) -> None:
+        """Note how far `denominator` lies from what was announced; look at once where looking costs nothing."""
+        if self._announced is None:
+            return
+        gap = (self._announced - denominator.to(self._announced)).abs().min()
+        self._denominator_gap = gap if self._denominator_gap is None else torch.maximum(self._denominator_gap, gap)
+        if gap.device.type == "cpu" or self.state.global_step == 0:
+            self._check_announcements()
+
+    def _check_announcements(self) -> None:
+        if self._denominator_gap is None or self._announced is None:
+            return
+        gap, tolerance = self._denominator_gap.item(), 1e-6 * max(1.0, self._announced.abs().max().item())
+        if not gap <= tolerance:
+            raise RuntimeError(
+                f"the loss came with a denominator that is {gap:g} off every one announced for this step "
+                f"({self._announced.tolist()}). The step is divided by the announced total, so its loss would be wrong: "
+                "loss.denominator(labels) must be what loss(logits, labels) returns, for the labels of the batch."
+            )
+
+
+def _says_what_its_loss_is(cls: type) -> bool:
+    """Whether `cls` uses the mixin's loss, or declares `loss_is_scaled_for_ga` beside a `compute_loss` of its own."""
+    below = cls.__mro__[: cls.__mro__.index(ExactLossMixin)]
+    overrides = any("compute_loss" in base.__dict__ for base in below)
+    return not overrides or any("loss_is_scaled_for_ga" in base.__dict__ for base in below)
+
+
+def _asked_for_a_loss(args: Any) -> bool:
+    return any(getattr(args, name, None) for name in ("loss", "class_weights", "loss_kwargs"))
