@@ -20,7 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup ## train the built-in sample through CustomTrainer and the plain loop, and show that they agree
-	$(BIN)/trainer-ext parity run --dataset sample --modes single,ga4,ragged --include-stock --output-dir runs/demo
+	$(BIN)/trainer-ext parity run --dataset sample --modes single --batch-size 32 --output-dir runs/demo
+	$(BIN)/trainer-ext parity run --dataset sample --modes ga4,ragged --include-stock --batch-size 32 --max-steps 40 \
+		--output-dir runs/demo/splits
 
 test: setup ## the core tests
 	$(BIN)/python -m pytest -m 'not soak'

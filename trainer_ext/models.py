@@ -41,7 +41,7 @@ TINY_TRAINING = {  # what random weights need, as defaults of the command line
     "warmup_steps": 0.1,
     "weight_decay": 0.01,
 }
-TINY_VERSION = 2  # part of the folder's name: raise it when the recipe below changes
+TINY_VERSION = 1  # part of the folder's name: raise it when the recipe below changes
 
 
 def default_model(dataset: str) -> str:
@@ -157,7 +157,7 @@ def tiny_checkpoint() -> Path:
 
 def _save_tiny(folder: Path) -> None:
     tokenizer = _sample_tokenizer()
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **TINY_BERT)
     BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

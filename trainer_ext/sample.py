@@ -12,8 +12,8 @@ two facts changed, two actors swapped, or every fact drawn afresh (``CHANGES``).
 
 Both events of a negative follow the distribution of the positives, so one sentence alone says nothing of the
 label. No event of a validation pair occurs in training. The pools are small, the wordings short and most
-changes large on purpose: a small BERT that starts from random weights must learn to compare two sentences
-within half a minute, with dropout on. Changed single facts and swapped actors remain hard for it.
+changes large on purpose, so that a small BERT that starts from random weights learns to compare two
+sentences in a few epochs. Changed single facts and swapped actors remain hard for it.
 """
 
 import re

@@ -28,7 +28,7 @@ def test_causal_language_model():
     ours, whole = split_and_whole(model, {"input_ids": ids}, labels, shifted=True)
     assert abs(ours - whole) < 1e-6  # this head computes its loss in float32
     unshifted, _ = split_and_whole(model, {"input_ids": ids}, labels, shifted=False)
-    assert abs(unshifted - whole) > 1e-3
+    assert abs(unshifted - whole) > 1e-4
 
 
 @pytest.mark.parametrize(("num_labels", "tokens"), [(1, False), (3, False), (3, True)])
