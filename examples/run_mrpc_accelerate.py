@@ -7,8 +7,8 @@ The loop itself is `trainer_ext/accelerate_loop.py`; read it beside `trainer_ext
 """
 
 from trainer_ext import accelerate_loop
+from trainer_ext.loop_settings import loop_settings
 from trainer_ext.metrics import AccuracyAndF1
-from trainer_ext.reference import loop_settings
 from trainer_ext.task import TaskParser, prepare_task
 
 

@@ -6,8 +6,8 @@ The loop itself is `trainer_ext/manual_loop.py`; it takes the arguments that it 
 """
 
 from trainer_ext import manual_loop
+from trainer_ext.loop_settings import loop_settings
 from trainer_ext.metrics import AccuracyAndF1
-from trainer_ext.reference import loop_settings
 from trainer_ext.task import TaskParser, prepare_task
 
 

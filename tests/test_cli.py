@@ -80,6 +80,15 @@ def test_parity_with_the_whole_batch(corpus, tmp_path, dtype):
     assert 0 < largest < (1e-13 if dtype == "float64" else 1e-5)
 
 
+def test_accumulation_is_for_the_modes_that_do_not_say(corpus, tmp_path):
+    words = ["--modes", "single,ga4,ragged", "--batch-size", "8", "--accumulation", "2"]
+    found, _ = parity(corpus, tmp_path / "out", *words)
+    assert found.exit_code == 0, found.output
+    for mode, expected in {"single": {2}, "ga4": {4}, "ragged": {2, 1}}.items():
+        record = json.loads((tmp_path / "out" / mode / "manual" / "trajectory.json").read_text())
+        assert {step["micro_batches"] for step in record["steps"]} == expected
+
+
 def test_parity_says_no(corpus, tmp_path, monkeypatch):
     """A fault in CustomTrainer: exit code 1, the row says where, the page too."""
     from trainer_ext.trainer import CustomTrainer
@@ -120,7 +129,7 @@ def test_a_mode_that_breaks_is_a_row(corpus, tmp_path, monkeypatch):
         (["--class-weights", "[1, 2, 3]"], "3 weights"),
         (["--class-weights", "[1, NaN]"], "is nan"),
         (["--lr_scheduler_type", "cosine"], "lr_scheduler_type=cosine"),
-        (["--gradient-accumulation-steps", "2"], "accumulation is what a mode sets"),
+        (["--accumulation", "3"], "batch size 16 cannot be"),
         (["--lerning-rate", "1"], "did you mean --learning-rate?"),
         (["--max-steps", "many"], "--max-steps"),
         (["--batch-size", "0"], "--batch-size"),

@@ -17,6 +17,7 @@ LAW = {  # who may not import what
     "losses": {"transformers", "accelerate"},
     "optim/groups.py": {"transformers", "accelerate"},
     "manual_loop.py": {"transformers", "accelerate"},
+    "loop_settings.py": {"transformers", "accelerate"},
     "parity/comparison.py": {"transformers", "accelerate"},
     "parity/trajectory.py": {"transformers", "accelerate"},
     "configs": HEAVY,

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 REDUCTIONS = ("weighted_mean", "mean")
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass
@@ -55,7 +56,11 @@ class CustomTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        findings: list[str] = []
+        findings = [
+            f"{name}={getattr(self, name)} must be 1 or more" for name in COUNTS if not getattr(self, name) >= 1
+        ]
+        if not (self.max_steps > 0 or self.num_train_epochs > 0):
+            findings.append(f"num_train_epochs={self.num_train_epochs} must be above 0 where max_steps is not")
         if isinstance(self.class_weights, str) and self.class_weights.lstrip().startswith(("[", "{")):
             try:
                 self.class_weights = json.loads(self.class_weights)

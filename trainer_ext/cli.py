@@ -141,7 +141,7 @@ def manual(
     argv = _argv(ctx)
     with users_mistakes():
         from trainer_ext import finetune
-        from trainer_ext.reference import loop_settings
+        from trainer_ext.loop_settings import loop_settings
         from trainer_ext.task import TaskParser, prepare_task
 
         task_arguments, args = TaskParser(prog="trainer-ext manual").parse(argv)
@@ -177,6 +177,7 @@ def parity_run(
     epochs: Epochs = None,
     max_steps: MaxSteps = None,
     batch_size: GlobalBatch = 16,
+    accumulation: Accumulation = None,
     learning_rate: LearningRate = None,
     class_weights: ClassWeights = None,
     seed: Seed = None,
@@ -194,12 +195,12 @@ def parity_run(
 
         if dtype not in ("float32", "float64"):
             raise ValueError(f"--dtype {dtype}: choose float32 or float64.")
-        chosen = [find_mode(name.strip()) for name in modes.split(",") if name.strip()]
+        task_arguments, args = TaskParser(prog="trainer-ext parity run").parse(argv)
+        chosen = [
+            find_mode(name.strip(), args.gradient_accumulation_steps) for name in modes.split(",") if name.strip()
+        ]
         if not chosen:
             raise ValueError("--modes names no mode.")
-        task_arguments, args = TaskParser(prog="trainer-ext parity run").parse(argv)
-        if args.gradient_accumulation_steps != 1:
-            raise ValueError("accumulation is what a mode sets: choose it with --modes, such as ga4.")
         matrix = Matrix(prepare_task(task_arguments), args, output_dir, getattr(torch, dtype), whole_batch)
         for mode in chosen:
             matrix.check(mode)

@@ -7,8 +7,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from trainer_ext import manual_loop
+from trainer_ext.loop_settings import loop_settings
 from trainer_ext.metrics import AccuracyAndF1, compute_metrics
-from trainer_ext.reference import loop_settings
 from trainer_ext.task import Task
 from trainer_ext.trainer import CustomTrainer
 

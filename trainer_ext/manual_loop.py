@@ -11,7 +11,7 @@ It owns its data order, accumulation, normalising, clipping and step order, and 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
 
@@ -23,47 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """What the loop is told; the defaults are those of `TrainingArguments`.
-
-    Attributes:
-        batch_size: Rows of a micro-batch.
-        accumulation: Micro-batches of an optimizer step.
-        max_steps: Optimizer steps; where it is 0 or less, `epochs` decides.
-        warmup_steps: Optimizer steps; a value below 1 is a share of all steps.
-        max_grad_norm: Where the gradient's norm is clipped; 0 for never.
-        evaluate_each_epoch: Whether to evaluate after every epoch, or after the last step only.
-        divide_by: `"weights"`, the sum of the weights, or `"items"`, the number of labels.
-    """
-
-    epochs: float = 3.0
-    max_steps: int = -1
-    batch_size: int = 8
-    accumulation: int = 1
-    eval_batch_size: int = 8
-    evaluate_each_epoch: bool = True
-    learning_rate: float = 5e-5
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
-    fused: bool = True
-    warmup_steps: float = 0
-    max_grad_norm: float = 1.0
-    label_smoothing: float = 0.0
-    divide_by: str = "weights"
-    seed: int = 42
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def total_steps(self, rows: int) -> int:
-        """Optimizer steps of the whole run over a dataset of `rows` rows."""
-        if rows == 0:
-            raise ValueError("the training dataset is empty: there is nothing to train on.")
-        if self.max_steps > 0:
-            return self.max_steps
-        micro_batches = math.ceil(rows / self.batch_size)
-        return math.ceil(self.epochs * math.ceil(micro_batches / self.accumulation))
+from trainer_ext.loop_settings import LoopSettings
 
 
 @dataclass

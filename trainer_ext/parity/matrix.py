@@ -12,12 +12,12 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from trainer_ext import manual_loop
+from trainer_ext.loop_settings import loop_settings
 from trainer_ext.metrics import AccuracyAndF1, compute_metrics
 from trainer_ext.parity.comparison import BITWISE, Comparison, Tolerance, compare
 from trainer_ext.parity.modes import Mode
 from trainer_ext.parity.recording import TrainerRecorder
 from trainer_ext.parity.trajectory import Recorder, Trajectory
-from trainer_ext.reference import loop_settings
 from trainer_ext.task import Task
 from trainer_ext.trainer import CustomTrainer
 

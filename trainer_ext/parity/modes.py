@@ -38,7 +38,7 @@ class Mode:
         if not self.ragged:
             return task
         micro = self.micro_batch(batch)
-        tail = micro + max(1, micro // 2)
+        tail = max(1, micro // 2) + (micro if self.accumulation > 2 else 0)
         windows = (len(task.train) - tail) // batch
         if max_steps > 0:
             windows = min(windows, max_steps - 1)
@@ -47,16 +47,20 @@ class Mode:
         return replace(task, train=task.train.select(range(windows * batch + tail)))
 
 
-def find_mode(name: str) -> Mode:
+def find_mode(name: str, accumulation: int = 1) -> Mode:
     """The mode called `name`.
+
+    Args:
+        name: `single`, `gaN` or `ragged`.
+        accumulation: Micro-batches of a step where the name does not say; a ragged window has at least two.
 
     Raises:
         ValueError: There is none; the message lists the choices.
     """
     if name == "single":
-        return Mode(name)
+        return Mode(name, accumulation)
     if name == "ragged":
-        return Mode(name, accumulation=4, ragged=True)
+        return Mode(name, accumulation if accumulation > 1 else 4, ragged=True)
     if (match := re.fullmatch(r"ga([1-9]\d*)", name)) is not None:
         return Mode(name, accumulation=int(match[1]))
     raise ValueError(f"mode {name!r} is not known. Choices: single, gaN (accumulation N, such as ga4), ragged.")
