@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -45,9 +46,14 @@ def write(rows: list[Row], matrix: Matrix, folder: Path, *, command: list[str]) 
 def show(rows: list[Row], matrix: Matrix, folder: Path, console: Console | None = None) -> None:
     """Print the table, the differences and the verdict."""
     console = console or Console()
-    table = Table(title="CustomTrainer and the stock Trainer, held against the manual loop")
+    table = Table(
+        title="CustomTrainer and the stock Trainer, held against the manual loop",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for place, column in enumerate(COLUMNS):
-        table.add_column(column, no_wrap=place < 2)
+        table.add_column(column, no_wrap=place in (0, 1, 7))
     for row in rows:
         style = {"equal": "green", "differs": "red" if row.counts else "yellow", "failed": "red"}[row.verdict]
         table.add_row(*cells(row), style=style)
