@@ -1,10 +1,12 @@
 """Fine-tune a task from start to saved model: through `CustomTrainer`, or through the manual loop."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from trainer_ext import manual_loop
 from trainer_ext.loop_settings import loop_settings
@@ -13,14 +15,22 @@ from trainer_ext.task import Task
 from trainer_ext.trainer import CustomTrainer
 
 
-def build_trainer(task: Task, args: TrainingArguments) -> CustomTrainer:
-    """A `CustomTrainer` on `task`, its labels and weights checked.
+def build_trainer(
+    task: Task, args: TrainingArguments, *, model: Any = None, trainer_class: type[Trainer] = CustomTrainer
+) -> Trainer:
+    """A trainer on `task`, its labels and weights checked.
+
+    Args:
+        task: The data and the model.
+        args: For the trainer.
+        model: What to train; by default the task's model, from `args.seed`.
+        trainer_class: `CustomTrainer`, or what is held against it.
 
     Raises:
         ValueError: The arguments do not fit the task.
     """
-    return CustomTrainer(
-        model=task.new_model(args.seed),
+    return trainer_class(
+        model=task.new_model(args.seed) if model is None else model,
         args=args,
         data_collator=task.collator,
         train_dataset=task.train,
@@ -30,7 +40,7 @@ def build_trainer(task: Task, args: TrainingArguments) -> CustomTrainer:
     )
 
 
-def train(trainer: CustomTrainer) -> dict[str, Any]:
+def train(trainer: Trainer) -> dict[str, Any]:
     """Train, evaluate once where there is a validation split, and save the model and the metrics.
 
     Returns:
@@ -47,24 +57,36 @@ def train(trainer: CustomTrainer) -> dict[str, Any]:
     return metrics
 
 
+def run_manual_loop(
+    task: Task,
+    args: TrainingArguments,
+    model: nn.Module,
+    *,
+    on_step: Callable[..., None] | None = None,
+    progress: bool = True,
+) -> manual_loop.LoopResult:
+    """Train `model` on `task` by the manual loop; `on_step` as `manual_loop.train` takes it."""
+    return manual_loop.train(
+        model,
+        task.train,
+        task.collator,
+        loop_settings(args),
+        eval_dataset=task.validation,
+        metric=AccuracyAndF1(len(task.label_names)),
+        class_weights=task.class_weights(getattr(args, "class_weights", None)),
+        on_step=on_step,
+        progress=progress,
+    )
+
+
 def train_manually(task: Task, args: TrainingArguments) -> dict[str, float]:
     """The same by the manual loop; the model and `eval_results.json` go to `args.output_dir`.
 
     Returns:
         The last evaluation, empty without a validation split.
     """
-    settings = loop_settings(args)
     model = task.new_model(args.seed)
-    result = manual_loop.train(
-        model,
-        task.train,
-        task.collator,
-        settings,
-        eval_dataset=task.validation,
-        metric=AccuracyAndF1(len(task.label_names)),
-        class_weights=task.class_weights(getattr(args, "class_weights", None)),
-        progress=not args.disable_tqdm,
-    )
+    result = run_manual_loop(task, args, model, progress=not args.disable_tqdm)
     folder = Path(str(args.output_dir))
     model.save_pretrained(folder)
     task.tokenizer.save_pretrained(folder)

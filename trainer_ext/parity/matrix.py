@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from trainer_ext import manual_loop
+from trainer_ext.finetune import build_trainer, run_manual_loop
 from trainer_ext.loop_settings import loop_settings
-from trainer_ext.metrics import AccuracyAndF1, compute_metrics
 from trainer_ext.parity.comparison import BITWISE, Comparison, Tolerance, compare
 from trainer_ext.parity.modes import Mode
 from trainer_ext.parity.recording import TrainerRecorder
@@ -117,30 +116,13 @@ class Matrix:
         model = self._model(task)
         recorder = Recorder("manual loop")
         recorder.begin(model, engine=type(model).__name__)
-        result = manual_loop.train(
-            model,
-            task.train,
-            task.collator,
-            loop_settings(self._arguments(mode)),
-            eval_dataset=task.validation,
-            metric=AccuracyAndF1(len(task.label_names)),
-            class_weights=self._class_weights(task),
-            on_step=recorder.step,
-            progress=self.progress,
-        )
+        result = run_manual_loop(task, self._arguments(mode), model, on_step=recorder.step, progress=self.progress)
         trajectory = recorder.end(model, result.optimizer, result.evaluations)
         trajectory.save(self.folder / mode.name / "manual")
         return trajectory
 
     def _candidate(self, mode: Mode, task: Task, trainer_class: type[Trainer]) -> Trajectory:
-        trainer = trainer_class(
-            model=self._model(task),
-            args=self._arguments(mode),
-            data_collator=task.collator,
-            train_dataset=task.train,
-            eval_dataset=task.validation,
-            compute_metrics=compute_metrics(len(task.label_names)),
-        )
+        trainer = build_trainer(task, self._arguments(mode), model=self._model(task), trainer_class=trainer_class)
         trainer.remove_callback(PrinterCallback)
         if self.progress:
             trainer.add_callback(StepBar(f"{mode.name}: {trainer_class.__name__}"))
