@@ -26,6 +26,7 @@ from trainer_ext.manual_loop import (
     linear_with_warmup,
     summed_loss,
 )
+from trainer_ext.repeated_rows import UncountedBatch, without_repeated_rows
 
 
 def train(
@@ -60,13 +61,16 @@ def train(
         loader = DataLoader(train_dataset, settings.batch_size, sampler=order, collate_fn=collate)
         batches = iter(accelerator.prepare(loader))
         while result.steps < total_steps and (window := list(islice(batches, settings.accumulation))):
+            window[-1] = without_repeated_rows(window[-1])
             model.train()
-            own = sum(denominator(batch["labels"], class_weights, settings) for batch in window)
+            counts = [batch for batch in window if not isinstance(batch, UncountedBatch)]
+            own = sum(denominator(batch["labels"], class_weights, settings) for batch in counts)
             total = accelerator.reduce(torch.tensor(own, dtype=torch.float64), "sum").item()
             loss = torch.zeros((), device=accelerator.device)
             for batch in window:
                 inputs = {name: value for name, value in batch.items() if name != "labels"}
                 micro = summed_loss(model(**inputs).logits, batch["labels"], class_weights, settings)
+                micro = micro * 0 if isinstance(batch, UncountedBatch) else micro
                 micro = micro * ranks / torch.tensor(total or 1.0).to(micro)
                 accelerator.backward(micro)
                 loss = loss + micro.detach() / ranks

@@ -7,8 +7,9 @@ It brings the loss contract (`losses/contract.py`) to any `Trainer` subclass:
 2. `compute_loss` returns `numerator * data_parallel_size / total`. DDP, FSDP and DeepSpeed average gradients
    over data-parallel ranks, which takes the factor out again, and nothing else divides
    (`loss_is_scaled_for_ga = True`);
-3. evaluation sums numerators and denominators over the whole split, so that `eval_loss` is one number for
-   every batch size.
+3. rows that a loader repeats so that every rank draws as many are left out of all sums;
+4. evaluation sums numerators and denominators over the whole split, so that `eval_loss` is one number for
+   every batch size and every number of ranks.
 """
 
 import warnings
@@ -24,6 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trainer_ext.loss_setup import configure_loss, shifts_labels
 from trainer_ext.losses.contract import Loss, LossTerms, divide, exact_dtype
 from trainer_ext.losses.model_head import head_denominator, head_terms
+from trainer_ext.repeated_rows import UncountedBatch, count_real_rows, first_rows, without_repeated_rows
 
 if TYPE_CHECKING:  # the mixin calls a Trainer's methods through super() and self, and is none itself
     _TrainerBase = Trainer
@@ -63,6 +65,7 @@ class ExactLossMixin(_TrainerBase):
         self._announced: Tensor | None = None  # this step's denominators, one a micro-batch
         self._denominator_gap: Tensor | None = None  # the largest miss of an announcement so far
         self._split_sums: Tensor | None = None  # in evaluation: numerators, denominators, batches
+        self._split_loader: Any = None
         if not _says_what_its_loss_is(type(self)):
             self.loss_is_scaled_for_ga = False
             warnings.warn(
@@ -92,6 +95,8 @@ class ExactLossMixin(_TrainerBase):
         if self._loss_is_not_ours():
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = list(islice(epoch_iterator, num_batches))
+        if batches:  # only the last batch of an epoch can hold repeated rows
+            batches[-1] = without_repeated_rows(batches[-1])
         if not batches or (self.configured_loss is None and "labels" not in batches[0]):
             return batches, None
         self._announced = torch.stack([self._denominator(batch).to(device) for batch in batches])
@@ -129,8 +134,10 @@ class ExactLossMixin(_TrainerBase):
         if self.configured_loss is None and "labels" not in inputs:
             return self._mean_of_means(model, inputs, return_outputs)
         terms, outputs = self._forward(model, inputs)
+        if isinstance(inputs, UncountedBatch):
+            terms = terms.of_nothing()
         if self._split_sums is not None:
-            self._split_sums += torch.stack([*terms, terms.denominator.new_ones(())]).detach().to(self._split_sums)
+            self._add_to_split(self._real_terms(model, inputs, terms, outputs))
         if model.training and self._split_sums is None and num_items_in_batch is not None:
             self._hold_to_announcement(terms.denominator)
             total = torch.as_tensor(num_items_in_batch, device=terms.numerator.device)
@@ -152,13 +159,14 @@ class ExactLossMixin(_TrainerBase):
         """The stock loop, with the loss as `sum(numerators) / sum(denominators)` over the whole split."""
         device = self.args.device
         self._split_sums = torch.zeros(3, dtype=exact_dtype(device), device=device)
+        self._split_loader = dataloader
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
             numerator, denominator, batches = self._sum_over_ranks(self._split_sums)
         finally:
-            self._split_sums = None
+            self._split_sums = self._split_loader = None
         if batches:
             cast(dict[str, float], output.metrics)[f"{metric_key_prefix}_loss"] = divide(numerator, denominator).item()
         return output
@@ -178,14 +186,30 @@ class ExactLossMixin(_TrainerBase):
             mean = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
             return head_terms(mean, labels, shifted=self._shifts_labels()), outputs
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-        return self.configured_loss(logits, labels), outputs
+        return self.configured_loss(_logits(outputs), labels), outputs
+
+    def _real_terms(self, model: nn.Module, inputs: dict[str, Any], terms: LossTerms, outputs: Any) -> LossTerms:
+        """The terms of an evaluated batch without the rows that its loader repeated."""
+        labels = self._labels(inputs)
+        real = count_real_rows(len(labels), self._split_loader)
+        if real == len(labels):
+            return terms
+        if self.configured_loss is not None:
+            return self.configured_loss(_logits(outputs)[:real], labels[:real])
+        found, _ = self._forward(model, first_rows(inputs, max(1, real)))
+        return found if real else found.of_nothing()
+
+    def _add_to_split(self, terms: LossTerms) -> None:
+        assert self._split_sums is not None
+        self._split_sums += torch.stack([*terms, terms.denominator.new_ones(())]).detach().to(self._split_sums)
 
     def _denominator(self, batch: dict[str, Any]) -> Tensor:
         labels = self._labels(batch)
         if self.configured_loss is None:
-            return head_denominator(labels, shifted=self._shifts_labels())
-        return self.configured_loss.denominator(labels)
+            found = head_denominator(labels, shifted=self._shifts_labels())
+        else:
+            found = self.configured_loss.denominator(labels)
+        return found * 0 if isinstance(batch, UncountedBatch) else found
 
     def _labels(self, batch: dict[str, Any]) -> Tensor:
         if batch.get("labels") is None:
@@ -234,6 +258,10 @@ class ExactLossMixin(_TrainerBase):
                 f"({self._announced.tolist()}). The step is divided by the announced total, so its loss would be wrong: "
                 "loss.denominator(labels) must be what loss(logits, labels) returns, for the labels of the batch."
             )
+
+
+def _logits(outputs: Any) -> Tensor:
+    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
 
 
 def _says_what_its_loss_is(cls: type) -> bool:

@@ -37,6 +37,10 @@ class LossTerms(NamedTuple):
     numerator: Tensor
     denominator: Tensor
 
+    def of_nothing(self) -> "LossTerms":
+        """Both sums as 0, still joined to the graph: for a rank that runs its forward with no item of its own."""
+        return LossTerms(self.numerator.nan_to_num() * 0, self.denominator * 0)
+
     def mean(self) -> Tensor:
         """The loss over these items alone, a scalar; 0 where nothing counts (never NaN)."""
         return divide(self.numerator, self.denominator)
