@@ -6,9 +6,16 @@ import pytest
 import torch
 from datasets import Value
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, default_data_collator
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    default_data_collator,
+)
 
-from tests.conftest import logged, rows, tiny_model
+from tests.conftest import SIZES, logged, rows, tiny_model
 from trainer_ext import CustomTrainer, LossTerms
 from trainer_ext.losses import cross_entropy
 
@@ -142,6 +149,20 @@ def test_a_causal_language_model_is_exact(trainer):
     data = data.remove_columns("labels").add_column("labels", labels)
     whole = first_step(trainer, model=model, data=data, batch=16, accumulation=1)
     split = first_step(trainer, model=model, data=data, batch=4, accumulation=4)
+    assert_same(split, whole, 1e-5)
+
+
+def test_a_head_without_labels_is_a_mean_of_means_and_says_so(trainer):
+    """Question answering goes by start and end positions: equal micro-batches are exact, and a warning tells."""
+    torch.manual_seed(0)
+    model = BertForQuestionAnswering(BertConfig(**SIZES, hidden_dropout_prob=0, attention_probs_dropout_prob=0))
+    data = rows(16).remove_columns("labels")
+    data = data.add_column("start_positions", [i % 8 for i in range(16)])
+    data = data.add_column("end_positions", [7 - i % 8 for i in range(16)])
+    with pytest.warns(UserWarning, match="mean of the micro-batches' means"):
+        whole = first_step(trainer, model=model, data=data, batch=16, accumulation=1)
+    with pytest.warns(UserWarning, match="exact where they are of one size"):
+        split = first_step(trainer, model=model, data=data, batch=4, accumulation=4)
     assert_same(split, whole, 1e-5)
 
 

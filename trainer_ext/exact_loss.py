@@ -74,7 +74,7 @@ class ExactLossMixin(_TrainerBase):
                 "step's items when micro-batches differ in size or weight. Set `loss_is_scaled_for_ga = True` on the "
                 "class if the loss is divided by `num_items_in_batch`, `False` if a mean of means is meant, or pass "
                 "the loss as CustomTrainer(loss=...).",
-                stacklevel=2,
+                stacklevel=3,
             )
         if self.compute_loss_func is not None and (loss or _asked_for_a_loss(self.args)):
             raise ValueError(
@@ -224,6 +224,11 @@ class ExactLossMixin(_TrainerBase):
 
     def _mean_of_means(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """The loss of a head that does not go by `labels`, of which only the micro-batch's mean is known."""
+        warnings.warn(
+            f"the batch has no labels (it has {', '.join(inputs)}), so the items of a step cannot be counted: its loss is "
+            "the mean of the micro-batches' means, which is exact where they are of one size.",
+            stacklevel=2,
+        )
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if model.training and self._split_sums is None:
             loss = loss / self.current_gradient_accumulation_steps
