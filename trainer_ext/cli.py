@@ -44,15 +44,11 @@ Model = Annotated[
     ),
 ]
 OutputDir = Annotated[Path, typer.Option("--output-dir", "--output_dir", help="Where everything is written.")]
-Epochs = Annotated[
-    float | None, typer.Option("--epochs", "--num-train-epochs", "--num_train_epochs", help="Passes over the data.")
-]
+Epochs = Annotated[float | None, typer.Option("--epochs", help="Passes over the data.")]
 BatchSize = Annotated[
     int | None,
     typer.Option(
         "--batch-size",
-        "--per-device-train-batch-size",
-        "--per_device_train_batch_size",
         help="Rows of a micro-batch.",
         min=1,
     ),
@@ -64,18 +60,12 @@ Accumulation = Annotated[
     int | None,
     typer.Option(
         "--accumulation",
-        "--gradient-accumulation-steps",
-        "--gradient_accumulation_steps",
         help="Micro-batches of an optimizer step.",
         min=1,
     ),
 ]
-LearningRate = Annotated[
-    float | None, typer.Option("--learning-rate", "--learning_rate", "--lr", help="The highest learning rate.")
-]
-MaxSteps = Annotated[
-    int | None, typer.Option("--max-steps", "--max_steps", help="Optimizer steps, whatever the epochs say.")
-]
+LearningRate = Annotated[float | None, typer.Option("--learning-rate", help="The highest learning rate.")]
+MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Optimizer steps, whatever the epochs say.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of weights, data order and dropout.")]
 Loss = Annotated[
     str | None, typer.Option("--loss", help="A name, [cyan]model[/] (the head's own), or an import path.")
@@ -84,7 +74,6 @@ ClassWeights = Annotated[
     str | None,
     typer.Option(
         "--class-weights",
-        "--class_weights",
         help="[cyan]balanced[/], a JSON list ('\\[1, 2.5]') or a JSON object ('{\"1\": 2.5}').",
     ),
 ]
