@@ -9,7 +9,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
-from trainer_ext.data import SAMPLE, default_dataset, hub_answers, load_splits, require_hub, tokenize
+from trainer_ext.data import SAMPLE, default_dataset, load_splits, tokenize
+from trainer_ext.hub import hub_answers, require_hub
 
 PAIRS = [{"sentence1": f"a {i}", "sentence2": "b " * (i + 1), "label": i % 2} for i in range(6)]
 TEXTS = [{"text": "one", "label": 0}, {"text": "one two three", "label": 1}]

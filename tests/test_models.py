@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from trainer_ext.data import hub_answers
+from trainer_ext.hub import hub_answers
 from trainer_ext.models import checkpoint_folder, default_model, load_model, load_tokenizer, tiny_checkpoint
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "one", "two", "three"]

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from trainer_ext.data import hub_answers
+from trainer_ext.hub import hub_answers
 from trainer_ext.models import TINY_TRAINING
 from trainer_ext.task import TaskArguments, TaskParser, prepare_task
 

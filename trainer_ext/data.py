@@ -6,18 +6,14 @@ rows come out as one or two text columns and an integer label, and a problem is 
 
 import csv
 import logging
-import socket
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
-from urllib.request import getproxies, proxy_bypass
 
-import huggingface_hub
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from trainer_ext.hub import hub_answers, require_hub
 from trainer_ext.labels import LABEL_COLUMNS, first_missing, is_text, label_column, number_labels
 
 logger = logging.getLogger(__name__)
@@ -117,39 +113,6 @@ def tokenize(data: Splits, tokenizer: Any, *, max_length: int | None = 128) -> D
     if data.label_column == "labels":
         return encoded
     return encoded.rename_column(data.label_column, "labels")
-
-
-@cache
-def hub_answers(timeout: float = 3.0) -> bool:
-    """Whether the hub can be reached: one connection attempt, once a process (a library's own try takes 25 s).
-
-    Where a proxy stands before the hub, whether the proxy can be reached.
-    """
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    target = urlparse(huggingface_hub.constants.ENDPOINT)
-    proxies = {} if proxy_bypass(target.hostname or "") else getproxies()
-    if proxy := proxies.get(target.scheme) or proxies.get("all"):
-        target = urlparse(proxy if "//" in proxy else f"http://{proxy}")
-    try:
-        port = target.port or (443 if target.scheme == "https" else 80)
-        socket.create_connection((target.hostname, port), timeout).close()
-    except OSError:
-        return False
-    return True
-
-
-def require_hub(what: str) -> None:
-    """Raise where `what` would have to come from a hub that does not answer; with HF_HUB_OFFLINE=1 the cache may serve.
-
-    Raises:
-        ConnectionError: With the ways round.
-    """
-    if not huggingface_hub.constants.HF_HUB_OFFLINE and not hub_answers():
-        raise ConnectionError(
-            f"{what} is no local path, and the hub cannot be reached. Name a local path, use the built-in sample "
-            "(--dataset sample), or set HF_HUB_OFFLINE=1 to use what is in the cache."
-        )
 
 
 def _read(dataset: str) -> DatasetDict:

@@ -21,7 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from trainer_ext.data import SAMPLE, require_hub
+from trainer_ext.data import SAMPLE
+from trainer_ext.hub import require_hub
 from trainer_ext.sample import sample_rows
 
 TINY = "tiny"
