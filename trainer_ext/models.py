@@ -4,6 +4,7 @@ The tiny BERT is a checkpoint folder like any other, made once: its tokenizer kn
 its weights are random. Everything after that is `from_pretrained`.
 """
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -21,9 +22,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from trainer_ext import sample
 from trainer_ext.data import SAMPLE
 from trainer_ext.hub import require_hub
-from trainer_ext.sample import sample_rows
 
 TINY = "tiny"
 HUB_DEFAULT = "bert-base-uncased"
@@ -42,7 +43,6 @@ TINY_TRAINING = {  # what random weights need, as defaults of the command line
     "warmup_steps": 0.1,
     "weight_decay": 0.01,
 }
-TINY_VERSION = 1  # part of the folder's name: raise it when the recipe below changes
 
 
 def default_model(dataset: str) -> str:
@@ -140,8 +140,13 @@ def _loaded(auto: Any, model: str, **options: Any) -> Any:
 
 
 def tiny_checkpoint() -> Path:
-    """The tiny BERT's checkpoint folder, below the Hugging Face home; made the first time, never half."""
-    folder = Path(huggingface_hub.constants.HF_HOME) / "trainer_ext" / f"tiny-bert-{TINY_VERSION}"
+    """The tiny BERT's checkpoint folder, below the Hugging Face home; made the first time, never half.
+
+    Its name is a digest of the code that makes it, so that another version of the recipe has another folder.
+    """
+    recipe = b"".join(Path(source).read_bytes() for source in (__file__, sample.__file__))
+    name = f"tiny-bert-{hashlib.sha256(recipe).hexdigest()[:12]}"
+    folder = Path(huggingface_hub.constants.HF_HOME) / "trainer_ext" / name
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +174,7 @@ def _sample_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    texts = {row[column] for row in sample_rows("train") for column in ("sentence1", "sentence2")}
+    texts = {row[column] for row in sample.sample_rows("train") for column in ("sentence1", "sentence2")}
     words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
     letters = sorted(set("".join(words)))
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
