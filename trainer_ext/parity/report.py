@@ -73,7 +73,7 @@ def verdict(rows: list[Row]) -> str:
     if wrong:
         return f"CustomTrainer and the manual loop do not agree: {', '.join(wrong)}."
     exact = all(row.tolerance.bitwise for row in judged)
-    how = "bitwise equal" if exact else f"equal within {judged[0].tolerance.name}"
+    how = "bitwise equal" if exact else f"equal within {judged[0].tolerance.name} rounding"
     dropout = "on" if judged[0].dropout else "off"
     return (
         f"CustomTrainer and the manual loop are {how} in {', '.join(row.mode for row in judged)} (dropout {dropout})."
