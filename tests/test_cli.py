@@ -130,6 +130,7 @@ def test_a_mode_that_breaks_is_a_row(corpus, tmp_path, monkeypatch):
         (["--class-weights", "[1, NaN]"], "is nan"),
         (["--lr_scheduler_type", "cosine"], "lr_scheduler_type=cosine"),
         (["--accumulation", "3"], "batch size 16 cannot be"),
+        (["--accumulation", "2", "--modes", "ga4"], "--accumulation would be ignored"),
         (["--lerning-rate", "1"], "did you mean --learning-rate?"),
         (["--max-steps", "many"], "--max-steps"),
         (["--batch-size", "0"], "--batch-size"),
@@ -182,6 +183,53 @@ def test_train_refuses_before_training(corpus, tmp_path, words, says):
     found = call("train", *corpus, "--output-dir", tmp_path / "out", *words)
     assert found.exit_code == 2
     assert says in found.output + getattr(found, "stderr", "")
+
+
+@pytest.mark.parametrize("command", ["train", "manual"])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--learning-rate", "nan"], "learning_rate=nan"),
+        (["--max-steps", "2", "--max_steps", "3"], "--max-steps and --max_steps are both given"),
+        (["--epochs", "1", "--num-train-epochs=2"], "--epochs and --num-train-epochs=2 are both given"),
+        (["--output-dir", "__file__"], "is a file; name a folder"),
+        (["--dataset", "three", "--model", "two labels"], "has a head for 2 labels"),
+    ],
+)
+def test_what_would_be_lost_later_is_refused_now(corpus, tmp_path, command, words, says):
+    three = [{"sentence": "a b", "label": i % 3} for i in range(9)]
+    (tmp_path / "three.jsonl").write_text("\n".join(json.dumps(row) for row in three))
+    replaced = {"__file__": corpus[1] + "/train.jsonl", "three": tmp_path / "three.jsonl", "two labels": corpus[3]}
+    found = call(command, *corpus[:4], *[replaced.get(word, word) for word in words])
+    assert found.exit_code == 2, found.output
+    assert says in " ".join((found.output + getattr(found, "stderr", "")).split())
+
+
+def test_resuming_from_the_command_line(corpus, tmp_path):
+    out = tmp_path / "out"
+    words = ["train", *corpus, "--output-dir", out, "--max-steps", 4, "--save-steps", 2, "--use-cpu"]
+    assert "there is no checkpoint" in call(*words, "--resume-from-checkpoint", "true").output
+    assert "no checkpoint folder" in call(*words, "--resume-from-checkpoint", tmp_path / "nope").output
+    assert call(*words).exit_code == 0
+    whole = (out / "model.safetensors").read_bytes()
+    (out / "checkpoint-4").rename(tmp_path / "later")
+    assert call(*words, "--resume-from-checkpoint", "true").exit_code == 0
+    assert (out / "model.safetensors").read_bytes() == whole
+
+
+def test_a_run_of_warmup_alone_is_equal(corpus, tmp_path):
+    found, document = parity(corpus, tmp_path / "out", "--modes", "single", "--warmup-steps", 100, "--epochs", 1)
+    assert document["modes"][0]["verdict"] == "equal", found.output
+
+
+def test_a_model_that_cannot_be_used_is_a_mistake(corpus, tmp_path):
+    found, document = parity([*corpus[:2], "--model", str(tmp_path)], tmp_path / "out", "--modes", "single")
+    assert (found.exit_code, document) == (2, None)
+
+
+def test_a_mode_is_run_once(corpus, tmp_path):
+    _, document = parity(corpus, tmp_path / "out", "--modes", "single, single")
+    assert [row["mode"] for row in document["modes"]] == ["single"]
 
 
 def test_configs_are_listed_and_found():

@@ -22,6 +22,7 @@ CASES = {
     "warmup by share": {"warmup_steps": 0.4},
     "clipping": {"max_grad_norm": 0.05},
     "no clipping": {"max_grad_norm": 0.0},
+    "clipping off by -1": {"max_grad_norm": -1.0},
     "loop AdamW": {"optim": "adamw_torch"},
     "smoothing": {"label_smoothing_factor": 0.1, "class_weights": [1.0, 3.0]},
     "part of an epoch": {"max_steps": 4},

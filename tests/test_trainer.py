@@ -7,10 +7,18 @@ import torch
 from datasets import IterableDataset
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from tests.conftest import logged, rows, tiny_model
 from trainer_ext import CustomTrainer, ExactLossMixin
+from trainer_ext.loss_setup import shifts_labels
 
 
 class MicroBatchMean(CustomTrainer):
@@ -84,6 +92,91 @@ def test_the_mixin_serves_any_trainer_class(trainer):
     run = trainer(Exact, model=tiny_model(dropout=0.0), gradient_accumulation_steps=4, max_steps=1)
     run.train()
     assert logged(run)[0] < 1.0
+
+
+def test_a_loss_that_the_mixin_replaces_is_named():
+    class Mine(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return 7.0
+
+    with pytest.warns(UserWarning, match="ExactLossMixin replaces compute_loss of Mine"):
+        type("Both", (ExactLossMixin, Mine), {})
+
+
+def test_a_model_that_stays_in_eval_mode_is_exact(trainer):
+    class Stays(type(tiny_model())):
+        def train(self, mode=True):
+            return super().train(False)
+
+    def losses(**options):
+        model = tiny_model()
+        model.__class__ = Stays
+        run = trainer(model=model, max_steps=1, **options)
+        run.train()
+        return logged(run)
+
+    whole = losses(per_device_train_batch_size=8)
+    assert losses(per_device_train_batch_size=2, gradient_accumulation_steps=4) == pytest.approx(whole, rel=1e-6)
+
+
+def multi_label_rows():
+    data = rows(12)
+    return data.remove_columns("labels").add_column("labels", [[1.0, 0.0, float(i % 2)] for i in range(12)])
+
+
+@pytest.mark.parametrize("options", [{}, {"compute_loss_func": lambda o, labels, **k: o.logits.sum() * 0}])
+def test_multi_label_data_is_the_heads_own(trainer, options):
+    run = trainer(model=tiny_model(num_labels=3), train=multi_label_rows(), **options)
+    assert run.configured_loss is None
+    run.train()
+    assert len(logged(run)) == 3
+
+
+def test_labels_made_on_the_way_are_not_checked_too_early(trainer):
+    raw = rows(12).map(lambda row: {"labels": row["labels"] + 1})
+
+    def shift(batch):
+        return {**default_data_collator(batch), "labels": torch.tensor([row["labels"] - 1 for row in batch])}
+
+    trainer(train=raw, data_collator=shift).train()
+    lazy = raw.with_transform(lambda batch: {**batch, "labels": [label - 1 for label in batch["labels"]]})
+    trainer(train=lazy, remove_unused_columns=False).train()
+
+
+def test_a_prediction_inside_an_evaluation(trainer):
+    depth = []
+
+    def inner(prediction):
+        depth.append(1)
+        return {"inner": run.predict(rows(6)).metrics["test_loss"]} if len(depth) == 1 else {}
+
+    run = trainer(evaluation=rows(10), compute_metrics=inner, class_weights=[1.0, 3.0])
+    plain = trainer(model=run.model, evaluation=rows(10), class_weights=[1.0, 3.0])
+    assert run.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+
+
+def test_a_search_over_the_losss_arguments_is_used(trainer):
+    run = trainer()
+    run.hp_search_backend = "ray"
+    run._hp_search_setup({"class_weights": [1.0, 50.0], "loss_reduction": "mean"})
+    assert run.configured_loss.class_weights.tolist() == [1.0, 50.0]
+    assert run.configured_loss.reduction == "mean"
+
+
+def test_cross_entropy_is_refused_for_a_language_model(trainer):
+    options = {"vocab_size": 40, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(**options, bos_token_id=1, eos_token_id=2))
+    with pytest.raises(ValueError, match="loss='cross_entropy' is for classification"):
+        trainer(model=model, loss="cross_entropy")
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "shifts"), [("ForCausalLM", True), ("ForConditionalGeneration", True), ("ForMaskedLM", False)]
+)
+def test_which_heads_shift_their_labels(loss_type, shifts):
+    model = tiny_model()
+    model.loss_type = loss_type
+    assert shifts_labels(model) is shifts
 
 
 def test_plain_training_arguments(trainer):
@@ -267,6 +360,16 @@ def test_other_schedules(trainer, name):
     assert rates[1] == pytest.approx(1e-3)
 
 
+def test_an_override_of_the_decay_names_is_used(trainer):
+    class ByName(CustomTrainer):
+        def get_decay_parameter_names(self, model):
+            return ["classifier.weight"]
+
+    run = trainer(ByName, weight_decay=0.1)
+    run.train()
+    assert [len(group["params"]) for group in run.optimizer.param_groups if group["weight_decay"]] == [1]
+
+
 # Everything else that a Trainer does
 
 
@@ -431,7 +534,7 @@ def test_resuming_continues_the_run(trainer, tmp_path):
         ({"loss_reduction": "sum"}, "loss_reduction='sum' must be one of weighted_mean, mean"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be 1 or more"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 must be 1 or more"),
-        ({"num_train_epochs": -1, "max_steps": -1}, "num_train_epochs=-1 must be above 0"),
+        ({"num_train_epochs": -1, "max_steps": -1}, "num_train_epochs=-1 must be 0 or more"),
         ({"class_weights": [1.0]}, "1 weights .* 2 labels"),
         ({"class_weights": [1.0, -1.0]}, r"class_weights\[1\] is -1.0"),
         ({"class_weights": [1.0, float("nan")]}, r"class_weights\[1\] is nan"),

@@ -74,7 +74,7 @@ def train(
                 micro = micro * ranks / torch.tensor(total or 1.0).to(micro)
                 accelerator.backward(micro)
                 loss = loss + micro.detach() / ranks
-            norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf)
+            norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip_at)
             rates = [group["lr"] for group in optimizer.param_groups]
             optimizer.step()
             schedule.step()

@@ -1,6 +1,7 @@
 """The toolkit's few knobs beside `TrainingArguments`, checked together."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,8 +60,10 @@ class CustomTrainingArguments(TrainingArguments):
         findings = [
             f"{name}={getattr(self, name)} must be 1 or more" for name in COUNTS if not getattr(self, name) >= 1
         ]
-        if not (self.max_steps > 0 or self.num_train_epochs > 0):
-            findings.append(f"num_train_epochs={self.num_train_epochs} must be above 0 where max_steps is not")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+            findings.append(f"learning_rate={self.learning_rate} must be a finite number, 0 or more")
+        if not (self.max_steps > 0 or self.num_train_epochs >= 0):
+            findings.append(f"num_train_epochs={self.num_train_epochs} must be 0 or more where max_steps is not given")
         if isinstance(self.class_weights, str) and self.class_weights.lstrip().startswith(("[", "{")):
             try:
                 self.class_weights = json.loads(self.class_weights)

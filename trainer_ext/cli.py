@@ -102,12 +102,15 @@ def train(
     seed: Seed = None,
 ) -> None:
     """Fine-tune a text classifier with CustomTrainer, evaluate it, and save it."""
-    argv = _argv(ctx)
     with users_mistakes():
+        argv = _argv(ctx)
         from trainer_ext import finetune
         from trainer_ext.task import TaskParser, prepare_task
 
         task_arguments, args = TaskParser(prog="trainer-ext train").parse(argv)
+        finetune.checkpoint_to_resume(args)
+        finetune.check_best_metric(args)
+        _make_folder(output_dir)
         trainer = finetune.build_trainer(prepare_task(task_arguments), args)
     _print_metrics(finetune.train(trainer), output_dir)
 
@@ -127,8 +130,8 @@ def manual(
     seed: Seed = None,
 ) -> None:
     """Fine-tune with the plain PyTorch loop, the reference that CustomTrainer must equal."""
-    argv = _argv(ctx)
     with users_mistakes():
+        argv = _argv(ctx)
         from trainer_ext import finetune
         from trainer_ext.loop_settings import loop_settings
         from trainer_ext.task import TaskParser, prepare_task
@@ -137,7 +140,9 @@ def manual(
         loop_settings(args)
         task = prepare_task(task_arguments)
         task.class_weights(args.class_weights)
-    _print_metrics(finetune.train_manually(task, args), output_dir)
+        fresh = task.new_model(args.seed)
+        _make_folder(output_dir)
+    _print_metrics(finetune.train_manually(task, args, fresh), output_dir)
 
 
 @parity_app.command("run", context_settings=PASS_ON, epilog=OTHERS)
@@ -172,8 +177,8 @@ def parity_run(
     seed: Seed = None,
 ) -> None:
     """Train the same thing by the manual loop and by CustomTrainer in every mode, and name the first difference."""
-    argv = _argv(ctx, without=("modes", "include_stock", "whole_batch", "dtype"))
     with users_mistakes():
+        argv = _argv(ctx, without=("modes", "include_stock", "whole_batch", "dtype"))
         import torch
         from transformers.utils.logging import disable_progress_bar
 
@@ -185,15 +190,17 @@ def parity_run(
         if dtype not in ("float32", "float64"):
             raise ValueError(f"--dtype {dtype}: choose float32 or float64.")
         task_arguments, args = TaskParser(prog="trainer-ext parity run").parse(argv)
-        chosen = [
-            find_mode(name.strip(), args.gradient_accumulation_steps) for name in modes.split(",") if name.strip()
-        ]
-        if not chosen:
+        names = list(dict.fromkeys(name.strip() for name in modes.split(",") if name.strip()))
+        if not names:
             raise ValueError("--modes names no mode.")
+        if args.gradient_accumulation_steps > 1 and all(name.startswith("ga") for name in names):
+            raise ValueError(f"--accumulation would be ignored: {', '.join(names)} name their own.")
+        chosen = [find_mode(name, args.gradient_accumulation_steps) for name in names]
         matrix = Matrix(prepare_task(task_arguments), args, output_dir, getattr(torch, dtype), whole_batch)
         for mode in chosen:
             matrix.check(mode)
-        output_dir.mkdir(parents=True, exist_ok=True)
+        matrix.task.new_model(args.seed)  # a model that cannot be used is a mistake, not a mode that failed
+        _make_folder(output_dir)
     disable_progress_bar()  # of loading weights, one bar a model
     rows = [row for mode in chosen for row in matrix.run(mode, stock=include_stock)]
     report.write(rows, matrix, output_dir, command=["trainer-ext", *sys.argv[1:]])
@@ -224,15 +231,35 @@ def users_mistakes() -> Iterator[None]:
     """Turn an error about what was asked for into one message and exit code 2."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         typer.echo(f"trainer-ext: error: {error}", err=True)
         raise typer.Exit(2) from None
 
 
 def _argv(ctx: typer.Context, without: tuple[str, ...] = ()) -> list[str]:
-    """The options that were given, as training arguments, and all others as they came."""
-    given = {name: value for name, value in ctx.params.items() if value is not None and name not in without}
-    return [word for name, value in given.items() for word in (f"--{ALIASES.get(name, name)}", str(value))] + ctx.args
+    """The options that were given, as training arguments, and all others as they came.
+
+    Raises:
+        ValueError: One is given twice, by its short name here and by its long one.
+    """
+    others = {word.split("=")[0].lstrip("-").replace("-", "_"): word for word in ctx.args if word.startswith("--")}
+    words = []
+    for name, value in ctx.params.items():
+        field = ALIASES.get(name, name)
+        if value is None or name in without:
+            continue
+        if field in others or name in others:
+            if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE":
+                raise ValueError(f"--{name.replace('_', '-')} and {others.get(field) or others[name]} are both given.")
+            continue
+        words += [f"--{field}", str(value)]
+    return words + ctx.args
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output-dir {folder} is a file; name a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _print_metrics(metrics: dict[str, Any], folder: Path) -> None:

@@ -23,7 +23,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from trainer_ext.loss_setup import configure_loss, shifts_labels
-from trainer_ext.losses.contract import Loss, LossTerms, divide, exact_dtype
+from trainer_ext.losses.contract import ConfiguredLoss, Loss, LossTerms, divide, exact_dtype
 from trainer_ext.losses.model_head import head_denominator, head_terms
 from trainer_ext.repeated_rows import UncountedBatch, count_real_rows, first_rows, without_repeated_rows
 
@@ -59,6 +59,14 @@ class ExactLossMixin(_TrainerBase):
                 f"class {cls.__name__}: ExactLossMixin must stand before the Trainer among the bases, or the Trainer's "
                 "own loss is used. Write `class MyTrainer(ExactLossMixin, Trainer)`."
             )
+        between = order[order.index(ExactLossMixin) + 1 : order.index(Trainer)] if Trainer in order else ()
+        for base in between:
+            if replaced := {"compute_loss", "get_batch_samples"} & base.__dict__.keys():
+                warnings.warn(
+                    f"class {cls.__name__}: ExactLossMixin replaces {' and '.join(sorted(replaced))} of {base.__name__}, "
+                    "which will not be called. Pass its loss as loss=, or put it into a subclass of this class.",
+                    stacklevel=2,
+                )
 
     def __init__(self, *args: Any, loss: Loss | str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -80,13 +88,26 @@ class ExactLossMixin(_TrainerBase):
             raise ValueError(
                 "compute_loss_func and a loss (loss=, args.loss or args.class_weights) are both given: choose one."
             )
-        self.configured_loss = configure_loss(
-            self.args,
-            cast(nn.Module, self.model),
-            loss=loss,
-            train_dataset=self.train_dataset,
-            eval_dataset=self.eval_dataset,
-        )
+        self._loss_argument = loss
+        self._configure_loss()
+
+    def _configure_loss(self) -> None:
+        """Read the loss from the arguments; a class that computes its own has none unless it was asked for."""
+        self.configured_loss: ConfiguredLoss | None = None
+        if not self._loss_is_not_ours() or self._loss_argument or _asked_for_a_loss(self.args):
+            self.configured_loss = configure_loss(
+                self.args,
+                cast(nn.Module, self.model),
+                loss=self._loss_argument,
+                train_dataset=self.train_dataset,
+                eval_dataset=self.eval_dataset,
+                data_collator=self.data_collator,
+            )
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if trial is not None:  # the search has set arguments, which may be the loss's
+            self._configure_loss()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -97,7 +118,7 @@ class ExactLossMixin(_TrainerBase):
         batches = list(islice(epoch_iterator, num_batches))
         if batches:  # only the last batch of an epoch can hold repeated rows
             batches[-1] = without_repeated_rows(batches[-1])
-        if not batches or (self.configured_loss is None and "labels" not in batches[0]):
+        if not batches or not self._items_can_be_counted(batches[0]):
             return batches, None
         self._announced = torch.stack([self._denominator(batch).to(device) for batch in batches])
         total = self._sum_over_ranks(self._announced.sum())
@@ -131,14 +152,14 @@ class ExactLossMixin(_TrainerBase):
             )
         if self.compute_loss_func is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.configured_loss is None and "labels" not in inputs:
+        if not self._items_can_be_counted(inputs):
             return self._mean_of_means(model, inputs, return_outputs)
         terms, outputs = self._forward(model, inputs)
         if isinstance(inputs, UncountedBatch):
             terms = terms.of_nothing()
         if self._split_sums is not None:
             self._add_to_split(self._real_terms(model, inputs, terms, outputs))
-        if model.training and self._split_sums is None and num_items_in_batch is not None:
+        if torch.is_grad_enabled() and self._split_sums is None and num_items_in_batch is not None:
             self._hold_to_announcement(terms.denominator)
             total = torch.as_tensor(num_items_in_batch, device=terms.numerator.device)
             loss = divide(terms.numerator * self._data_parallel_size(), total)
@@ -157,16 +178,16 @@ class ExactLossMixin(_TrainerBase):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """The stock loop, with the loss as `sum(numerators) / sum(denominators)` over the whole split."""
-        device = self.args.device
-        self._split_sums = torch.zeros(3, dtype=exact_dtype(device), device=device)
+        device, outer = self.args.device, (self._split_sums, self._split_loader)
+        sums = self._split_sums = torch.zeros(3, dtype=exact_dtype(device), device=device)
         self._split_loader = dataloader
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-            numerator, denominator, batches = self._sum_over_ranks(self._split_sums)
-        finally:
-            self._split_sums = self._split_loader = None
+        finally:  # an evaluation may stand inside another, such as a predict() in compute_metrics
+            self._split_sums, self._split_loader = outer
+        numerator, denominator, batches = self._sum_over_ranks(sums)
         if batches:
             cast(dict[str, float], output.metrics)[f"{metric_key_prefix}_loss"] = divide(numerator, denominator).item()
         return output
@@ -203,6 +224,13 @@ class ExactLossMixin(_TrainerBase):
         assert self._split_sums is not None
         self._split_sums += torch.stack([*terms, terms.denominator.new_ones(())]).detach().to(self._split_sums)
 
+    def _items_can_be_counted(self, batch: dict[str, Any]) -> bool:
+        """Whether the loss goes by `labels` alone; a head of its own may go by others, by several, or by boxes."""
+        if self.configured_loss is not None:
+            return True
+        given = [name for name in self.label_names if batch.get(name) is not None]
+        return isinstance(batch.get("labels"), Tensor) and len(given) <= 1
+
     def _denominator(self, batch: dict[str, Any]) -> Tensor:
         labels = self._labels(batch)
         if self.configured_loss is None:
@@ -225,12 +253,13 @@ class ExactLossMixin(_TrainerBase):
     def _mean_of_means(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """The loss of a head that does not go by `labels`, of which only the micro-batch's mean is known."""
         warnings.warn(
-            f"the batch has no labels (it has {', '.join(inputs)}), so the items of a step cannot be counted: its loss is "
-            "the mean of the micro-batches' means, which is exact where they are of one size.",
+            f"the head's loss does not go by one tensor of labels alone (the batch has {', '.join(inputs)}), so the items "
+            "of a step cannot be counted: its loss is the mean of the micro-batches' means, which is exact where they are "
+            "of one size.",
             stacklevel=2,
         )
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if model.training and self._split_sums is None:
+        if torch.is_grad_enabled() and self._split_sums is None:
             loss = loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from trainer_ext import manual_loop
 from trainer_ext.loop_settings import loop_settings
-from trainer_ext.metrics import AccuracyAndF1, compute_metrics
+from trainer_ext.metrics import METRICS, AccuracyAndF1, compute_metrics
 from trainer_ext.task import Task
 from trainer_ext.trainer import CustomTrainer
 
@@ -29,6 +30,11 @@ def build_trainer(
     Raises:
         ValueError: The arguments do not fit the task.
     """
+    if args.dataloader_drop_last and len(task.train) < args.train_batch_size:
+        raise ValueError(
+            f"{len(task.train)} training rows are less than one batch of {args.train_batch_size}, and "
+            "dataloader_drop_last=True drops what is left of a batch: nothing would be trained."
+        )
     return trainer_class(
         model=task.new_model(args.seed) if model is None else model,
         args=args,
@@ -46,7 +52,7 @@ def train(trainer: Trainer) -> dict[str, Any]:
     Returns:
         The metrics of training and evaluation.
     """
-    metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
+    metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args)).metrics
     trainer.save_metrics("train", metrics)
     trainer.save_model()
     trainer.save_state()
@@ -79,16 +85,46 @@ def run_manual_loop(
     )
 
 
-def train_manually(task: Task, args: TrainingArguments) -> dict[str, float]:
-    """The same by the manual loop; the model and `eval_results.json` go to `args.output_dir`.
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """The checkpoint folder that `resume_from_checkpoint` means; `true` is the last one of the output folder.
+
+    Raises:
+        ValueError: There is no such checkpoint.
+    """
+    asked = args.resume_from_checkpoint
+    if asked is None or str(asked).lower() == "false":
+        return None
+    if str(asked).lower() == "true":
+        folder = str(args.output_dir)
+        asked = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        if asked is None:
+            raise ValueError(f"resume_from_checkpoint=true: there is no checkpoint in {folder}.")
+    if not (Path(asked) / "trainer_state.json").is_file():
+        raise ValueError(
+            f"resume_from_checkpoint={asked}: that is no checkpoint folder (it has no trainer_state.json)."
+        )
+    return str(asked)
+
+
+def check_best_metric(args: TrainingArguments) -> None:
+    """Raise where the best checkpoint is to be found by a metric that the evaluation does not give."""
+    given = {"loss", *METRICS}
+    asked = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if args.load_best_model_at_end and asked not in given:
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model}: choose one of {', '.join(sorted(given))}."
+        )
+
+
+def train_manually(task: Task, args: TrainingArguments, model: nn.Module) -> dict[str, float]:
+    """The same by the manual loop; `model` and `eval_results.json` go to `args.output_dir`.
 
     Returns:
         The last evaluation, empty without a validation split.
     """
-    model = task.new_model(args.seed)
     result = run_manual_loop(task, args, model, progress=not args.disable_tqdm)
     folder = Path(str(args.output_dir))
-    model.save_pretrained(folder)
+    model.save_pretrained(folder)  # type: ignore[operator]
     task.tokenizer.save_pretrained(folder)
     evaluation = result.evaluations[-1] if result.evaluations else {}
     metrics = {f"eval_{name}": value for name, value in evaluation.items()}

@@ -19,6 +19,15 @@ def label_column(dataset: Any) -> str | None:
     return next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
 
 
+def has_float_labels(dataset: Any) -> bool:
+    """Whether the label column of `dataset` is known to hold floating-point numbers, in lists or alone."""
+    name = label_column(dataset)
+    feature: Any = dataset.features[name] if name else None
+    while hasattr(feature, "feature"):
+        feature = feature.feature
+    return str(getattr(feature, "dtype", "")).startswith("float")
+
+
 def read_labels(dataset: Any) -> Tensor | None:
     """Every label of `dataset`, flattened to shape (N,); None for a dataset that cannot be read twice.
 

@@ -23,7 +23,7 @@ class LoopSettings:
         accumulation: Micro-batches of an optimizer step.
         max_steps: Optimizer steps; where it is 0 or less, `epochs` decides.
         warmup_steps: Optimizer steps; a value below 1 is a share of all steps.
-        max_grad_norm: Where the gradient's norm is clipped; 0 for never.
+        max_grad_norm: Where the gradient's norm is clipped; 0 or less for never.
         evaluate_each_epoch: Whether to evaluate after every epoch, or after the last step only.
         divide_by: `"weights"`, the sum of the weights, or `"items"`, the number of labels.
     """
@@ -45,6 +45,11 @@ class LoopSettings:
     divide_by: str = "weights"
     seed: int = 42
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def clip_at(self) -> float:
+        """The norm above which the gradient is scaled down; infinite for never."""
+        return self.max_grad_norm if self.max_grad_norm > 0 else math.inf
 
     def total_steps(self, rows: int) -> int:
         """Optimizer steps of the whole run over a dataset of `rows` rows."""
@@ -75,6 +80,10 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "eval_strategy": ("no", "epoch"),
     "eval_on_start": (False,),
     "eval_delay": (0,),
+    "load_best_model_at_end": (False,),
+    "use_liger_kernel": (False,),
+    "fsdp": (None, ""),
+    "deepspeed": (None,),
     "loss": (None, "cross_entropy"),
     "loss_kwargs": (None, {}),
 }
@@ -91,6 +100,8 @@ def loop_settings(args: "TrainingArguments") -> LoopSettings:
         for name, values in IMPLEMENTED.items()
         if hasattr(args, name) and getattr(args, name) not in values
     ]
+    if not getattr(args.accelerator_config, "use_seedable_sampler", True):
+        refused.append("accelerator_config.use_seedable_sampler=False (implemented: True)")
     if refused:
         raise ValueError("the manual loop, the reference, does not implement " + "; ".join(refused))
     return LoopSettings(

@@ -76,7 +76,7 @@ def train(
             model.train()
             total = sum(denominator(batch["labels"], class_weights, settings) for batch in window)
             loss = sum(backward(model, batch, total, class_weights, settings) for batch in window)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_at)
             rates = [group["lr"] for group in optimizer.param_groups]
             optimizer.step()
             schedule.step()

@@ -8,6 +8,7 @@ import evaluate
 import numpy as np
 from sklearn.metrics import accuracy_score, f1_score
 
+METRICS = ("accuracy", "f1")
 DESCRIPTION = "Share of correct predictions, and F1: of class 1 for two classes (as GLUE does), else the macro mean."
 
 

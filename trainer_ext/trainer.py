@@ -36,7 +36,8 @@ class CustomTrainer(ExactLossMixin, Trainer):
         if self.optimizer is None:
             model = self.model if model is None else model
             cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
-            if brings_own_groups(cls, kwargs):
+            groups_by_name = type(self).get_decay_parameter_names is not Trainer.get_decay_parameter_names
+            if brings_own_groups(cls, kwargs) or groups_by_name:
                 return super().create_optimizer(model)
             self.optimizer = build_optimizer(model, cls, kwargs, weight_decay=self.args.weight_decay)
         return self.optimizer

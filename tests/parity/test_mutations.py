@@ -103,7 +103,9 @@ MUTATIONS = {
         0,
         "initial_weights[bert.embeddings.position_embeddings.weight]",
     ),
-    "another epsilon": (CustomTrainer, {"adam_epsilon": 1e-4}, 2, "loss"),
+    "another epsilon": (CustomTrainer, {"adam_epsilon": 1e-4}, 0, "optimizer[0.eps]"),
+    "another beta": (CustomTrainer, {"adam_beta2": 0.9}, 0, "optimizer[0.betas]"),
+    "another optimizer": (CustomTrainer, {"optim": "sgd"}, 0, "optimizer[class]"),
     "the schedule stepped twice": (StepsTheScheduleTwice, {}, 2, "learning_rate"),
     "no clipping": (ClipsLater, {"max_grad_norm": 0.01}, 2, "loss"),
     "no dropout": (CustomTrainer, {"dropout": 0.0}, 1, "loss"),
@@ -123,9 +125,14 @@ def test_a_fault_is_caught_where_it_acts(trainer, mutation):
     candidate = recorder.finish()
 
     clip = changes.get("max_grad_norm", 1.0)
-    clean = dataclasses.replace(
-        run.args, **OPTIONS, seed=42, learning_rate=1e-3, adam_epsilon=1e-8, max_grad_norm=clip
-    )
+    defaults = {
+        "seed": 42,
+        "learning_rate": 1e-3,
+        "optim": "adamw_torch_fused",
+        "adam_epsilon": 1e-8,
+        "adam_beta2": 0.999,
+    }
+    clean = dataclasses.replace(run.args, **OPTIONS, **defaults, max_grad_norm=clip)
     reference = train_manually(manual_loop, clean, tokens=False, dtype=torch.float32)
     first = compare(reference, candidate).first_difference
     assert first is not None

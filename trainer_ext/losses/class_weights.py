@@ -81,9 +81,13 @@ def _checked(values: list[float], num_labels: int) -> Tensor:
         weights = torch.tensor([float(value) for value in values], dtype=torch.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"class_weights={values} must be numbers: {error}.") from error
-    bad = [(i, value) for i, value in enumerate(values) if not (torch.isfinite(weights[i]) and weights[i] >= 0)]
+    bad = [
+        (i, value) for i, value in enumerate(values) if not (torch.isfinite(weights[i].float()) and weights[i] >= 0)
+    ]
     if bad:
-        raise ValueError(f"class_weights[{bad[0][0]}] is {bad[0][1]}: a weight is a finite number, 0 or more.")
+        raise ValueError(
+            f"class_weights[{bad[0][0]}] is {bad[0][1]}: a weight is a finite number (of float32), 0 or more."
+        )
     if not weights.any():
         raise ValueError(f"class_weights={values}: all weights are 0, so that nothing would be learnt.")
     return weights

@@ -15,13 +15,15 @@ from trainer_ext.losses.contract import IGNORE_INDEX, LossTerms, exact_dtype, fu
 
 
 def head_denominator(labels: Tensor, *, shifted: bool) -> Tensor:
-    """Scalar: how many labels a head averages over.
+    """Scalar: how many labels a head averages over: those that are not -100, all of them where they are floating.
 
     Args:
         labels: Any shape, integer or floating.
         shifted: The head predicts position t+1 from position t (causal language models), so the first
             label of each row is never a target.
     """
+    if labels.is_floating_point():  # regression and multi-label heads ignore nothing
+        return torch.tensor(labels.numel(), dtype=exact_dtype(labels.device), device=labels.device)
     targets = labels[..., 1:] if shifted else labels
     return (targets != IGNORE_INDEX).sum().to(exact_dtype(labels.device))
 

@@ -20,7 +20,8 @@ class Tolerance:
 
     Attributes:
         relative: Of losses, gradient norms, denominators and metrics.
-        weights: Absolute, of each element of the final weights; None for the same bits.
+        weights: Of each element of the final weights, as a share of the way that a weight can have gone: the sum
+            of all steps' learning rates, since AdamW moves no element by much more in a step. None for the same bits.
         name: What to call it in a table.
     """
 
@@ -35,7 +36,7 @@ class Tolerance:
     def holds(self, reference: float, candidate: float) -> bool:
         """Whether the two are finite and close enough."""
         gap = abs(candidate - reference)
-        return math.isfinite(candidate) and gap <= self.relative * abs(reference)
+        return math.isfinite(reference) and math.isfinite(candidate) and gap <= self.relative * abs(reference)
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def compare(
 
 def _differences(a: Trajectory, b: Trajectory, tolerance: Tolerance, same_split: bool) -> Iterator[Difference]:
     yield from _mapping_differences(0, "initial_weights", a.initial_weights, b.initial_weights)
+    yield from _mapping_differences(0, "optimizer", a.optimizer, b.optimizer)
     yield from _mapping_differences(0, "weight_decay", a.weight_decay, b.weight_decay)
     for ours, theirs in zip(a.steps, b.steps, strict=False):
         yield from _step_differences(ours, theirs, tolerance, same_split)
@@ -107,12 +109,24 @@ def _differences(a: Trajectory, b: Trajectory, tolerance: Tolerance, same_split:
     last = len(a.steps)
     if not last:
         yield Difference(0, "steps", "at least 1", last)
-    elif a.final_weights == a.initial_weights:
-        yield Difference(last, "weights", "changed by the training", "as they were at the beginning")
+    yield from _unchanged_weights(last, a, b)
     yield from _final_weight_differences(last, a, b, tolerance)
     if tolerance.bitwise:
         yield from _mapping_differences(last, "optimizer_state", a.optimizer_state, b.optimizer_state)
     yield from _evaluation_differences(last, a, b, tolerance)
+
+
+def _unchanged_weights(last: int, a: Trajectory, b: Trajectory) -> Iterator[Difference]:
+    """A run that left every weight as it was proves nothing, unless its learning rate was 0 throughout."""
+    if _way(a) > 0:
+        unchanged = [t.path for t in (a, b) if t.final_weights == t.initial_weights]
+        if unchanged:
+            yield Difference(last, f"weights left unchanged by {' and '.join(unchanged)}", "changed", "unchanged")
+
+
+def _way(run: Trajectory) -> float:
+    """The sum of all steps' highest learning rates."""
+    return sum(max(step.learning_rates, default=0.0) for step in run.steps)
 
 
 def _step_differences(a: Step, b: Step, tolerance: Tolerance, same_split: bool) -> Iterator[Difference]:
@@ -151,7 +165,7 @@ def _final_weight_differences(last: int, a: Trajectory, b: Trajectory, tolerance
             yield difference
         else:
             gap = _tensor_gap(a.tensors[name], b.tensors[name])
-            if not gap <= tolerance.weights:
+            if not gap <= tolerance.weights * _way(a):
                 yield Difference(last, f"{difference.quantity}: max |difference|", 0.0, gap)
 
 

@@ -20,11 +20,11 @@ from trainer_ext.parity.trajectory import Recorder, Trajectory
 from trainer_ext.task import Task
 from trainer_ext.trainer import CustomTrainer
 
-# Where only the order of summation differs. Losses and gradient norms are held to `relative`; weights, which AdamW
-# moves by up to a whole learning rate on the sign of a rounding error, to `weights`.
+# Where only the order of summation differs. AdamW can move a weight whose gradient is mathematically 0 by a share of
+# the learning rate on the sign of a rounding error; hence the wide share for weights.
 ROUNDING = {
-    torch.float32: Tolerance("fp32", relative=1e-4, weights=1e-2),
-    torch.float64: Tolerance("float64", relative=1e-12, weights=1e-9),
+    torch.float32: Tolerance("fp32", relative=1e-4, weights=0.1),
+    torch.float64: Tolerance("float64", relative=1e-12, weights=1e-6),
 }
 
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 SCHEMA = 1
+# Of a parameter group: recorded elsewhere, or which kernel computes the same thing.
+NOT_SETTINGS = ("params", "lr", "initial_lr", "weight_decay", "foreach", "fused", "capturable", "differentiable")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Trajectory:
         world_size: Data-parallel processes.
         initial_weights: Digest of each parameter and buffer before the first step.
         weight_decay: The decay of each parameter's group, by the parameter's name.
+        optimizer: The optimizer's class, and what its groups are set to (`betas`, `eps`, ..), by `group.name`.
         steps: Every optimizer step.
         evaluations: Each evaluation's loss and metrics, in order.
         final_weights: As `initial_weights`, after the last step.
@@ -62,6 +66,7 @@ class Trajectory:
     world_size: int = 1
     initial_weights: dict[str, str] = field(default_factory=dict)
     weight_decay: dict[str, float] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
     final_weights: dict[str, str] = field(default_factory=dict)
@@ -128,7 +133,10 @@ class Recorder:
         """After the last step, with the unwrapped model and optimizer; returns the trajectory."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         trajectory = self.trajectory
-        for group in optimizer.param_groups:
+        trajectory.optimizer = {"class": type(optimizer).__name__}
+        for place, group in enumerate(optimizer.param_groups):
+            settings = {name: list(v) if isinstance(v, tuple) else v for name, v in group.items()}
+            trajectory.optimizer |= {f"{place}.{n}": v for n, v in settings.items() if n not in NOT_SETTINGS}
             for parameter in group["params"]:
                 trajectory.weight_decay[names[parameter]] = float(group.get("weight_decay", 0.0))
         trajectory.evaluations = [dict(evaluation) for evaluation in evaluations]
@@ -153,8 +161,8 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def fingerprint(window: Iterable[Mapping[str, Tensor]]) -> str:
     """One digest for the rows of a step's micro-batches, in order.
 
-    A row counts with the positions that its attention mask keeps, so that it has one digest however long the
-    batch it was padded into; a step has one however it was split into micro-batches.
+    A row counts with the positions that its attention mask keeps (and every label that is not -100), so that it has
+    one digest however long the batch it was padded into; a step has one however it was split into micro-batches.
     """
     total = hashlib.sha256()
     for batch in window:
@@ -164,7 +172,8 @@ def fingerprint(window: Iterable[Mapping[str, Tensor]]) -> str:
             for name, column in columns.items():
                 values = column[row]
                 if mask is not None and column.shape == mask.shape:
-                    values = values[mask[row].bool()]
+                    kept = mask[row].bool() | (values != -100 if name == "labels" else False)
+                    values = values[kept]
                 total.update(name.encode() + _bytes(values))
     return total.hexdigest()[:16]
 
