@@ -9,6 +9,7 @@ With `--output_dir` alone it trains on MRPC, or on the built-in sample when no h
 """
 
 from trainer_ext import CustomTrainer
+from trainer_ext.finetune import checkpoint_to_resume
 from trainer_ext.metrics import compute_metrics
 from trainer_ext.task import TaskParser, prepare_task
 
@@ -28,7 +29,7 @@ def main() -> None:
         compute_metrics=compute_metrics(len(task.label_names)),
     )
 
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
