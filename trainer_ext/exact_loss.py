@@ -23,6 +23,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from trainer_ext.loss_setup import configure_loss, shifts_labels
+from trainer_ext.losses.announcement import Announcement
 from trainer_ext.losses.contract import ConfiguredLoss, Loss, LossTerms, divide, exact_dtype
 from trainer_ext.losses.model_head import head_denominator, head_terms
 from trainer_ext.repeated_rows import UncountedBatch, count_real_rows, first_rows, without_repeated_rows
@@ -70,8 +71,7 @@ class ExactLossMixin(_TrainerBase):
 
     def __init__(self, *args: Any, loss: Loss | str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._announced: Tensor | None = None  # this step's denominators, one a micro-batch
-        self._denominator_gap: Tensor | None = None  # the largest miss of an announcement so far
+        self._announcement = Announcement()
         self._split_sums: Tensor | None = None  # in evaluation: numerators, denominators, batches
         self._split_loader: Any = None
         if not _says_what_its_loss_is(type(self)):
@@ -120,8 +120,8 @@ class ExactLossMixin(_TrainerBase):
             batches[-1] = without_repeated_rows(batches[-1])
         if not batches or not self._items_can_be_counted(batches[0]):
             return batches, None
-        self._announced = torch.stack([self._denominator(batch).to(device) for batch in batches])
-        total = self._sum_over_ranks(self._announced.sum())
+        own = self._announcement.make([self._denominator(batch).to(device) for batch in batches])
+        total = self._sum_over_ranks(own)
         return batches, total / self._ranks_sharing_a_batch()
 
     def compute_loss(
@@ -160,7 +160,7 @@ class ExactLossMixin(_TrainerBase):
         if self._split_sums is not None:
             self._add_to_split(self._real_terms(model, inputs, terms, outputs))
         if torch.is_grad_enabled() and self._split_sums is None and num_items_in_batch is not None:
-            self._hold_to_announcement(terms.denominator)
+            self._announcement.hold(terms.denominator, now=self.state.global_step == 0)
             total = torch.as_tensor(num_items_in_batch, device=terms.numerator.device)
             loss = divide(terms.numerator * self._data_parallel_size(), total)
         else:
@@ -194,7 +194,7 @@ class ExactLossMixin(_TrainerBase):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The stock log, after a look at whether every denominator was the one announced."""
-        self._check_announcements()
+        self._announcement.check()
         super().log(logs, start_time)
 
     def _loss_is_not_ours(self) -> bool:
@@ -272,26 +272,6 @@ class ExactLossMixin(_TrainerBase):
 
     def _data_parallel_size(self) -> int:
         return self.args.world_size // self._ranks_sharing_a_batch()
-
-    def _hold_to_announcement(self, denominator: Tensor) -> None:
-        """Note how far `denominator` lies from what was announced; look at once where looking costs nothing."""
-        if self._announced is None:
-            return
-        gap = (self._announced - denominator.to(self._announced)).abs().min()
-        self._denominator_gap = gap if self._denominator_gap is None else torch.maximum(self._denominator_gap, gap)
-        if gap.device.type == "cpu" or self.state.global_step == 0:
-            self._check_announcements()
-
-    def _check_announcements(self) -> None:
-        if self._denominator_gap is None or self._announced is None:
-            return
-        gap, tolerance = self._denominator_gap.item(), 1e-6 * max(1.0, self._announced.abs().max().item())
-        if not gap <= tolerance:
-            raise RuntimeError(
-                f"the loss came with a denominator that is {gap:g} off every one announced for this step "
-                f"({self._announced.tolist()}). The step is divided by the announced total, so its loss would be wrong: "
-                "loss.denominator(labels) must be what loss(logits, labels) returns, for the labels of the batch."
-            )
 
 
 def _logits(outputs: Any) -> Tensor:
