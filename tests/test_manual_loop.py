@@ -27,7 +27,7 @@ CASES = {
     "smoothing": {"label_smoothing_factor": 0.1, "class_weights": [1.0, 3.0]},
     "part of an epoch": {"max_steps": 4},
     "another seed": {"seed": 7},
-    "float64": {"dtype": torch.float64, "class_weights": [1.0, 3.0]},
+    "float64": {"dtype": torch.float64, "class_weights": [0.7, 3.1]},
     "tokens": {"tokens": True, "class_weights": "balanced", "gradient_accumulation_steps": 2},
 }
 

@@ -71,7 +71,7 @@ def train(
                 inputs = {name: value for name, value in batch.items() if name != "labels"}
                 micro = summed_loss(model(**inputs).logits, batch["labels"], class_weights, settings)
                 micro = micro * 0 if isinstance(batch, UncountedBatch) else micro
-                micro = micro * ranks / torch.tensor(total or 1.0).to(micro)
+                micro = micro * ranks / torch.tensor(total or 1.0, dtype=micro.dtype, device=micro.device)
                 accelerator.backward(micro)
                 loss = loss + micro.detach() / ranks
             norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip_at)

@@ -107,7 +107,7 @@ def backward(
     inputs = {name: value.to(settings.device) for name, value in batch.items()}
     labels = inputs.pop("labels")
     loss = summed_loss(model(**inputs).logits, labels, class_weights, settings)
-    loss = loss / torch.tensor(total or 1.0).to(loss)
+    loss = loss / torch.tensor(total or 1.0, dtype=loss.dtype, device=loss.device)
     loss.backward()
     return loss.detach()
 
