@@ -138,9 +138,13 @@ def test_labels_made_on_the_way_are_not_checked_too_early(trainer):
     def shift(batch):
         return {**default_data_collator(batch), "labels": torch.tensor([row["labels"] - 1 for row in batch])}
 
-    trainer(train=raw, data_collator=shift).train()
+    run = trainer(train=raw, data_collator=shift)
+    run.train()
+    assert len(logged(run)) == 3
     lazy = raw.with_transform(lambda batch: {**batch, "labels": [label - 1 for label in batch["labels"]]})
-    trainer(train=lazy, remove_unused_columns=False).train()
+    run = trainer(train=lazy, remove_unused_columns=False)
+    run.train()
+    assert len(logged(run)) == 3
 
 
 def test_a_prediction_inside_an_evaluation(trainer):

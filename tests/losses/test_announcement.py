@@ -24,4 +24,4 @@ def test_another_denominator_is_an_error(value):
 
 
 def test_nothing_announced_is_nothing_to_hold_to():
-    Announcement().hold(torch.tensor(1.0), now=True)
+    assert Announcement().hold(torch.tensor(1.0), now=True) is None

@@ -178,6 +178,8 @@ def stock_trainer(class_weights: Tensor | None) -> type[Trainer]:
         return Trainer
 
     class WeightedTrainer(Trainer):
+        """As tutorials weight a loss: the mean of one micro-batch, and nothing said of accumulation."""
+
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
