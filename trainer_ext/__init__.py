@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from trainer_ext.arguments import CustomTrainingArguments
     from trainer_ext.exact_loss import ExactLossMixin
     from trainer_ext.losses import LOSSES, LossTerms, class_weights
+    from trainer_ext.samplers import LengthGroupedOrder
     from trainer_ext.trainer import CustomTrainer
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "CustomTrainingArguments",
     "ExactLossMixin",
     "LOSSES",
+    "LengthGroupedOrder",
     "LossTerms",
     "class_weights",
     "manual_loop",
@@ -31,6 +33,7 @@ _HOMES = {
     "CustomTrainingArguments": "trainer_ext.arguments",
     "ExactLossMixin": "trainer_ext.exact_loss",
     "LOSSES": "trainer_ext.losses",
+    "LengthGroupedOrder": "trainer_ext.samplers",
     "LossTerms": "trainer_ext.losses",
     "class_weights": "trainer_ext.losses",
 }

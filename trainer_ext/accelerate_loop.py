@@ -60,8 +60,10 @@ def train(
         order = epoch_order(len(train_dataset), settings.seed, epoch)
         loader = DataLoader(train_dataset, settings.batch_size, sampler=order, collate_fn=collate)
         batches = iter(accelerator.prepare(loader))
-        while result.steps < total_steps and (window := list(islice(batches, settings.accumulation))):
-            window[-1] = without_repeated_rows(window[-1])
+        while result.steps < total_steps:
+            window = [without_repeated_rows(batch) for batch in islice(batches, settings.accumulation)]
+            if not window:
+                break
             model.train()
             counts = [batch for batch in window if not isinstance(batch, UncountedBatch)]
             own = sum(denominator(batch["labels"], class_weights, settings) for batch in counts)

@@ -7,7 +7,8 @@ It brings the loss contract (`losses/contract.py`) to any `Trainer` subclass:
 2. `compute_loss` returns `numerator * data_parallel_size / total`. DDP, FSDP and DeepSpeed average gradients
    over data-parallel ranks, which takes the factor out again, and nothing else divides
    (`loss_is_scaled_for_ga = True`);
-3. rows that a loader repeats so that every rank draws as many are left out of all sums;
+3. rows that a loader repeats so that every rank draws as many are left out of all sums, and `ExactOrderMixin` has
+   all ranks draw from one order;
 4. evaluation sums numerators and denominators over the whole split, so that `eval_loss` is one number for
    every batch size and every number of ranks.
 """
@@ -15,7 +16,7 @@ It brings the loss contract (`losses/contract.py`) to any `Trainer` subclass:
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +27,17 @@ from trainer_ext.loss_setup import configure_loss, shifts_labels
 from trainer_ext.losses.announcement import Announcement
 from trainer_ext.losses.contract import ConfiguredLoss, Loss, LossTerms, divide, exact_dtype
 from trainer_ext.losses.model_head import head_denominator, head_terms
-from trainer_ext.repeated_rows import UncountedBatch, count_real_rows, first_rows, without_repeated_rows
+from trainer_ext.repeated_rows import (
+    UncountedBatch,
+    count_real_rows,
+    first_rows,
+    whole_window,
+    without_repeated_rows,
+)
+from trainer_ext.samplers import ExactOrderMixin
 
-if TYPE_CHECKING:  # the mixin calls a Trainer's methods through super() and self, and is none itself
-    _TrainerBase = Trainer
-else:
-    _TrainerBase = object
 
-
-class ExactLossMixin(_TrainerBase):
+class ExactLossMixin(ExactOrderMixin):
     """Put before a `Trainer` class among the bases, it makes that class's loss exact.
 
     A subclass that overrides `compute_loss` says with `loss_is_scaled_for_ga` what its loss is: `True`, divided
@@ -115,11 +118,10 @@ class ExactLossMixin(_TrainerBase):
         """The next step's micro-batches, and the sum of their denominators over all data-parallel ranks."""
         if self._loss_is_not_ours():
             return super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = list(islice(epoch_iterator, num_batches))
-        if batches:  # only the last batch of an epoch can hold repeated rows
-            batches[-1] = without_repeated_rows(batches[-1])
+        batches = [without_repeated_rows(batch) for batch in islice(epoch_iterator, num_batches)]
         if not batches or not self._items_can_be_counted(batches[0]):
             return batches, None
+        batches = whole_window(batches, num_batches)
         own = self._announcement.make([self._denominator(batch).to(device) for batch in batches])
         total = self._sum_over_ranks(own)
         return batches, total / self._ranks_sharing_a_batch()
