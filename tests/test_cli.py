@@ -56,7 +56,12 @@ def test_parity_agrees_and_shows_the_stock_trainer(corpus, tmp_path):
         assert rows[mode]["first_difference"] is None
         assert rows[mode]["steps"] == 3
         assert (rows[mode]["max_abs_loss_difference"], rows[mode]["max_abs_weight_difference"]) == (0.0, 0.0)
-        assert rows[mode]["runs_on"] == {"engine": "BertForSequenceClassification", "world_size": 1}
+        assert rows[mode]["runs_on"] == {
+            "engine": "BertForSequenceClassification",
+            "stage": None,
+            "world_size": 1,
+            "local_fraction": 1.0,
+        }
         assert rows[mode]["dropout"]
     assert rows["stock:single"]["verdict"] == "equal"
     assert rows["stock:ga4"]["verdict"] == "differs"

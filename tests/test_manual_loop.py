@@ -37,7 +37,7 @@ def train_manually(loop, args, *, tokens, dtype):
     labels = torch.tensor(data["labels"])
     weights = None if args.class_weights is None else class_weights(args.class_weights, 2, labels=labels)
     recorder = Recorder("loop")
-    recorder.begin(model, engine=type(model).__name__)
+    recorder.begin(model)
     result = loop.train(
         model,
         data,

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from trainer_ext.engine import settle_on_cpu
+
 REDUCTIONS = ("weighted_mean", "mean")
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
@@ -15,7 +17,8 @@ COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient
 class CustomTrainingArguments(TrainingArguments):
     """`TrainingArguments` plus the loss.
 
-    One default differs: `logging_nan_inf_filter` is off, so that a loss that is not finite is seen.
+    One default differs: `logging_nan_inf_filter` is off, so that a loss that is not finite is seen. On a machine
+    without an accelerator, several processes train as one run over gloo, as they would on GPUs; FSDP is refused there.
 
     Raises:
         ValueError: With every finding about the fields below, at once.
@@ -56,6 +59,7 @@ class CustomTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        settle_on_cpu(self)
         super().__post_init__()
         findings = [
             f"{name}={getattr(self, name)} must be 1 or more" for name in COUNTS if not getattr(self, name) >= 1

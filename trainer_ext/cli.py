@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command needs it, so that `--help` answers at once.
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,8 +151,14 @@ def parity_run(
     ctx: typer.Context,
     modes: Annotated[
         str,
-        typer.Option("--modes", help="[cyan]single[/], [cyan]gaN[/] (accumulation N), [cyan]ragged[/], with commas."),
+        typer.Option(
+            "--modes",
+            help="With commas: [cyan]single[/], [cyan]gaN[/] (accumulation N), [cyan]ragged[/]; and in several processes "
+            "[cyan]ddpN[/], [cyan]zero0[/] to [cyan]zero3[/], [cyan]zero2_offload[/], [cyan]fsdp2[/], "
+            "[cyan]fsdp2_no_reshard[/] and other configs, with [cyan]_gaN[/] behind for accumulation.",
+        ),
     ] = "single,ga4,ragged",
+    processes: Annotated[int, typer.Option("--processes", help="Of a launched mode that names no number.", min=2)] = 2,
     include_stock: Annotated[
         bool, typer.Option("--include-stock", "--include_stock", help="Show the stock Trainer too, as stock:MODE.")
     ] = False,
@@ -178,7 +185,7 @@ def parity_run(
 ) -> None:
     """Train the same thing by the manual loop and by CustomTrainer in every mode, and name the first difference."""
     with users_mistakes():
-        argv = _argv(ctx, without=("modes", "include_stock", "whole_batch", "dtype"))
+        argv = _argv(ctx, without=("modes", "processes", "include_stock", "whole_batch", "dtype"))
         import torch
         from transformers.utils.logging import disable_progress_bar
 
@@ -195,8 +202,8 @@ def parity_run(
             raise ValueError("--modes names no mode.")
         if args.gradient_accumulation_steps > 1 and all(name.startswith("ga") for name in names):
             raise ValueError(f"--accumulation would be ignored: {', '.join(names)} name their own.")
-        chosen = [find_mode(name, args.gradient_accumulation_steps) for name in names]
-        matrix = Matrix(prepare_task(task_arguments), args, output_dir, getattr(torch, dtype), whole_batch)
+        chosen = [find_mode(name, args.gradient_accumulation_steps, processes) for name in names]
+        matrix = Matrix(prepare_task(task_arguments), args, output_dir, getattr(torch, dtype), whole_batch, argv=argv)
         for mode in chosen:
             matrix.check(mode)
         matrix.task.new_model(args.seed)  # a model that cannot be used is a mistake, not a mode that failed
@@ -206,6 +213,49 @@ def parity_run(
     report.write(rows, matrix, output_dir, command=["trainer-ext", *sys.argv[1:]])
     report.show(rows, matrix, output_dir)
     if any(row.verdict != "equal" for row in rows if row.counts):
+        raise typer.Exit(1)
+
+
+@app.command(context_settings=PASS_ON)
+def rehearse(
+    ctx: typer.Context,
+    processes: Annotated[int, typer.Option("--processes", help="CPU processes, in the place of GPUs.", min=1)] = 2,
+    steps: Annotated[
+        int,
+        typer.Option("--steps", help="Optimizer steps; the last is taken again after a resume.", min=2),
+    ] = 2,
+    resume: Annotated[bool, typer.Option(help="Resume from the checkpoint in new processes.")] = True,
+    keep_hosts: Annotated[
+        bool,
+        typer.Option(
+            "--keep-hosts",
+            help="This host's part of a launch on several hosts.",
+        ),
+    ] = False,
+    log: Annotated[Path | None, typer.Option("--log", help="Keep what the processes print.")] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Write the verdict as JSON here too.")] = None,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for each of the two runs.")] = 1800,
+) -> None:
+    """Run a GPU launch on CPU processes with the real engine, and verify what really ran.
+
+    Put the command behind [cyan]--[/], as for GPUs:
+
+    [cyan]trainer-ext rehearse -- accelerate launch --config_file fsdp_configs/fsdp2.yaml script.py --output_dir runs/a[/]
+
+    It takes a few steps, saves, resumes and exports the weights into the command's output_dir, where it leaves
+    rehearsal.json too. Exit code 1 where the launch fell back, trained nothing or broke.
+    """
+    with users_mistakes():
+        from trainer_ext.rehearsal.report import show
+        from trainer_ext.rehearsal.run import rehearse as run_rehearsal
+
+        found = run_rehearsal(
+            ctx.args, processes=processes, steps=steps, resume=resume, keep_hosts=keep_hosts, timeout=timeout, log=log
+        )
+        if report is not None:
+            report.write_text(json.dumps(found.as_json(), indent=1))
+    show(found)
+    if not found.passed:
         raise typer.Exit(1)
 
 

@@ -2,13 +2,20 @@
 
 from typing import Any, cast
 
+from accelerate.utils import DummyOptim
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer
+from transformers.utils import logging
 
+from trainer_ext.engine import check_engine, flattens_parameters, saves_shards, shard_blocks_without_embeddings
 from trainer_ext.exact_loss import ExactLossMixin
 from trainer_ext.optim.factory import brings_own_groups, build_optimizer
+from trainer_ext.optim.groups import assign, groups
 from trainer_ext.optim.schedules import build_schedule
+
+logger = logging.get_logger(__name__)
 
 
 class CustomTrainer(ExactLossMixin, Trainer):
@@ -26,6 +33,12 @@ class CustomTrainer(ExactLossMixin, Trainer):
             self._own_create_optimizer = self.create_optimizer
             self.create_optimizer = self._create_by_combined_override  # type: ignore[method-assign]
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """The stock set-up; then, that the engine is the one that was asked for, and that FSDP2 can shard the model."""
+        super().create_accelerator_and_postprocess()
+        check_engine(self)
+        shard_blocks_without_embeddings(self)
+
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """Build both; override this one to build your own and set `self.optimizer` and `self.lr_scheduler`."""
         self.create_optimizer()
@@ -37,9 +50,12 @@ class CustomTrainer(ExactLossMixin, Trainer):
             model = self.model if model is None else model
             cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
             groups_by_name = type(self).get_decay_parameter_names is not Trainer.get_decay_parameter_names
-            if brings_own_groups(cls, kwargs) or groups_by_name:
+            if brings_own_groups(cls, kwargs) or groups_by_name or flattens_parameters(self):
                 return super().create_optimizer(model)
             self.optimizer = build_optimizer(model, cls, kwargs, weight_decay=self.args.weight_decay)
+        elif isinstance(self.optimizer, DummyOptim):  # DeepSpeed builds the one that its config names
+            logger.info("The DeepSpeed config's optimizer is built, over our parameter groups; --optim is not used.")
+            self.optimizer.params = groups(assign(cast(nn.Module, self.model), weight_decay=self.args.weight_decay))
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
@@ -54,6 +70,13 @@ class CustomTrainer(ExactLossMixin, Trainer):
             )
             self._created_lr_scheduler = True
         return cast(LRScheduler, self.lr_scheduler)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The stock save; and whole weights to load where FSDP keeps its checkpoints sharded, of which it saves none."""
+        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled and not _internal_call and saves_shards(self):
+            weights = self.accelerator.get_state_dict(self.model)
+            self._save(output_dir or self.args.output_dir, state_dict=weights)
 
     def _create_by_combined_override(self, *args: Any, **kwargs: Any) -> Optimizer:
         """Stands where `Trainer.train` begins to build: a call from there runs the subclass's

@@ -61,7 +61,8 @@ def assign(model: nn.Module, *, weight_decay: float) -> list[Assignment]:
 
 def decays(module: nn.Module, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies to `parameter`, which belongs to `module` itself."""
-    return parameter.ndim >= 2 and not isinstance(module, NORMALISATION)
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty vector in a parameter's place
+    return len(shape) >= 2 and not isinstance(module, NORMALISATION)
 
 
 def groups(rows: list[Assignment]) -> list[dict[str, Any]]:

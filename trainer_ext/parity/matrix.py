@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from trainer_ext.finetune import build_trainer, run_manual_loop
 from trainer_ext.loop_settings import loop_settings
+from trainer_ext.parity.candidate import launch_candidate
 from trainer_ext.parity.comparison import BITWISE, Comparison, Tolerance, compare
 from trainer_ext.parity.modes import Mode
 from trainer_ext.parity.recording import TrainerRecorder
@@ -70,6 +71,8 @@ class Matrix:
         whole_batch: Whether the reference takes each global batch as one micro-batch. Dropout masks cannot match
             then, so dropout is 0, and numbers are held to rounding instead of bits.
         progress: Whether to show progress bars.
+        argv: The words that `task` and `args` were parsed from; a mode of several processes is launched with them.
+        references: The reference's runs, by split, since several modes are held against one.
     """
 
     task: Task
@@ -78,6 +81,8 @@ class Matrix:
     dtype: torch.dtype = torch.float32
     whole_batch: bool = False
     progress: bool = True
+    argv: list[str] | None = None
+    references: dict[tuple[Any, ...], Trajectory] = field(default_factory=dict, repr=False)
 
     def check(self, mode: Mode) -> None:
         """Raise the user's mistakes before anything is trained.
@@ -88,52 +93,67 @@ class Matrix:
         """
         loop_settings(self._arguments(mode))
         self._class_weights(self._task(mode))
+        if mode.ranks > 1 and self.argv is None:
+            raise ValueError(
+                f"mode {mode.name!r} starts processes, which need the words of the command: Matrix(argv=...)."
+            )
+        if mode.deepspeed is not None and self.dtype != torch.float32:
+            raise ValueError(
+                f"mode {mode.name!r} cannot be held in {str(self.dtype).removeprefix('torch.')}: ZeRO keeps float32 "
+                "masters. DDP and FSDP2 can."
+            )
 
     def run(self, mode: Mode, *, stock: bool = False) -> Iterator[Row]:
         """Train the reference, `CustomTrainer` and, where asked for, the stock `Trainer`; one row each."""
         task = self._task(mode)
-        reference_mode = replace(mode, accumulation=1) if self.whole_batch else mode
+        whole_batch = self.whole_batch or mode.ranks > 1
+        reference_mode = replace(mode, accumulation=1, ranks=1, config=None) if whole_batch else mode
         rounding = ROUNDING[self.dtype]
-        candidates: dict[str, tuple[type[Trainer], Tolerance]] = {
-            mode.name: (CustomTrainer, BITWISE if reference_mode == mode and not self.whole_batch else rounding)
-        }
-        if stock:
-            candidates[f"stock:{mode.name}"] = (stock_trainer(self._class_weights(task)), rounding)
-        reference = None
-        for name, (trainer_class, tolerance) in candidates.items():
-            row = Row(name, tolerance, dropout=not self.whole_batch)
+        candidates = {mode.name: BITWISE if not whole_batch else rounding}
+        candidates |= {f"stock:{mode.name}": rounding} if stock else {}
+        for name, tolerance in candidates.items():
+            row = Row(name, tolerance, dropout=not whole_batch)
             try:
-                reference = reference or self._reference(reference_mode, task)
-                candidate = self._candidate(mode, task, trainer_class)
+                reference = self._reference(reference_mode, task, dropout=not whole_batch)
+                candidate = self._candidate(mode, task, stock=name != mode.name)
             except Exception as error:
                 yield replace(row, error=f"{type(error).__name__}: {error}")
                 continue
-            same_split = reference_mode.accumulation == mode.accumulation
+            same_split = reference_mode.accumulation == mode.accumulation and mode.ranks == 1
             comparison = compare(reference, candidate, tolerance, same_split=same_split)
             yield replace(row, comparison=comparison, reference=reference, candidate=candidate)
 
-    def _reference(self, mode: Mode, task: Task) -> Trajectory:
-        model = self._model(task)
-        recorder = Recorder("manual loop")
-        recorder.begin(model, engine=type(model).__name__)
-        result = run_manual_loop(task, self._arguments(mode), model, on_step=recorder.step, progress=self.progress)
-        trajectory = recorder.end(model, result.optimizer, result.evaluations)
-        trajectory.save(self.folder / mode.name / "manual")
+    def _reference(self, mode: Mode, task: Task, *, dropout: bool) -> Trajectory:
+        key = (mode.accumulation, mode.ragged, dropout, len(task.train))
+        if key not in self.references:
+            model = self._model(task, dropout)
+            recorder = Recorder("manual loop")
+            recorder.begin(model)
+            result = run_manual_loop(task, self._arguments(mode), model, on_step=recorder.step, progress=self.progress)
+            self.references[key] = recorder.end(model, result.optimizer, result.evaluations)
+        self.references[key].save(self.folder / mode.name / "manual")
+        return self.references[key]
+
+    def _candidate(self, mode: Mode, task: Task, *, stock: bool) -> Trajectory:
+        folder = self.folder / mode.name / ("stock" if stock else "CustomTrainer")
+        if mode.ranks > 1:
+            words = [*(self.argv or []), *self._words(mode)]
+            launch_candidate(mode, words, folder, stock=stock, dtype=self.dtype, progress=self.progress)
+            return Trajectory.load(folder)
+        trainer_class = stock_trainer(self._class_weights(task)) if stock else CustomTrainer
+        model = self._model(task, dropout=not self.whole_batch)
+        trainer = build_trainer(task, self._arguments(mode), model=model, trainer_class=trainer_class)
+        trajectory = record(trainer, f"{mode.name}: {trainer_class.__name__}" if self.progress else None)
+        trajectory.save(folder)
         return trajectory
 
-    def _candidate(self, mode: Mode, task: Task, trainer_class: type[Trainer]) -> Trajectory:
-        trainer = build_trainer(task, self._arguments(mode), model=self._model(task), trainer_class=trainer_class)
-        trainer.remove_callback(PrinterCallback)
-        if self.progress:
-            trainer.add_callback(StepBar(f"{mode.name}: {trainer_class.__name__}"))
-        recorder = TrainerRecorder(trainer)
-        trainer.train()
-        trajectory = recorder.finish()
-        trajectory.save(self.folder / mode.name / trainer_class.__name__)
-        return trajectory
+    def _words(self, mode: Mode) -> list[str]:
+        """What a mode changes in the arguments, as words behind those of the command."""
+        changed = self._changes(mode) | ({"deepspeed": mode.deepspeed} if mode.deepspeed else {})
+        return [word for name, value in changed.items() for word in (f"--{name}", str(value))]
 
-    def _model(self, task: Task) -> nn.Module:
-        return task.new_model(self.args.seed, dtype=self.dtype, dropout=not self.whole_batch)
+    def _model(self, task: Task, dropout: bool) -> nn.Module:
+        return task.new_model(self.args.seed, dtype=self.dtype, dropout=dropout)
 
     def _task(self, mode: Mode) -> Task:
         return mode.rows(self.task, self.args.per_device_train_batch_size, self.args.max_steps)
@@ -142,18 +162,30 @@ class Matrix:
         return task.class_weights(getattr(self.args, "class_weights", None))
 
     def _arguments(self, mode: Mode) -> TrainingArguments:
-        return replace(
-            self.args,
-            output_dir=str(self.folder / mode.name),
-            per_device_train_batch_size=mode.micro_batch(self.args.per_device_train_batch_size),
-            gradient_accumulation_steps=mode.accumulation,
-            eval_strategy="no" if self.task.validation is None else "epoch",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            dataloader_pin_memory=self.args.device.type != "cpu",
-            disable_tqdm=True,
-        )
+        return replace(self.args, **self._changes(mode))
+
+    def _changes(self, mode: Mode) -> dict[str, Any]:
+        return {
+            "output_dir": str(self.folder / mode.name),
+            "per_device_train_batch_size": mode.micro_batch(self.args.per_device_train_batch_size),
+            "gradient_accumulation_steps": mode.accumulation,
+            "eval_strategy": "no" if self.task.validation is None else "epoch",
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "report_to": "none",
+            "dataloader_pin_memory": self.args.device.type != "cpu",
+            "disable_tqdm": True,
+        }
+
+
+def record(trainer: Trainer, label: str | None = None) -> Trajectory:
+    """Train, and return what happened; `label` names a progress bar."""
+    trainer.remove_callback(PrinterCallback)
+    if label is not None:
+        trainer.add_callback(StepBar(label))
+    recorder = TrainerRecorder(trainer)
+    trainer.train()
+    return recorder.finish()
 
 
 class StepBar(TrainerCallback):
@@ -214,10 +246,11 @@ def _row_as_json(row: Row) -> dict[str, Any]:
             "tolerance": asdict(row.tolerance),
             "dropout": row.dropout,
             "evaluation": row.candidate.evaluations[-1] if row.candidate and row.candidate.evaluations else None,
-            "runs_on": {
-                "engine": row.candidate.engine if row.candidate else None,
-                "world_size": row.candidate.world_size if row.candidate else None,
+            "noise": {
+                "loss": found.max_relative_loss_difference if found else None,
+                "grad_norm": found.max_relative_gradient_difference if found else None,
             },
+            "runs_on": row.candidate.runs_on if row.candidate else None,
         }
     )
 

@@ -2,11 +2,16 @@
 
 from typing import Any
 
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from trainer_ext.engine import base_optimizer, parameter_groups, runs_on
 from trainer_ext.exact_loss import ExactLossMixin
-from trainer_ext.parity.trajectory import Recorder, Trajectory
+from trainer_ext.parity.trajectory import Recorder, Trajectory, row_digests
+from trainer_ext.repeated_rows import UncountedBatch
+
+RUNS_ON = ("engine", "stage", "world_size", "local_fraction")
 
 
 class TrainerRecorder(TrainerCallback):
@@ -25,34 +30,43 @@ class TrainerRecorder(TrainerCallback):
         self._denominator: float | None = None
         self._losses: list[Tensor] = []
         self._rates: list[float] = []
+        self._runs_on: dict[str, Any] | None = None
         self._watch_batches()
         self._watch_losses()
         trainer.add_callback(self)
 
     def finish(self) -> Trajectory:
-        """The trajectory of the finished run."""
-        optimizer: Any = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        return self.recorder.end(model, optimizer, self.evaluations)
+        """The trajectory of the finished run; a collective where several ranks trained."""
+        return self.recorder.end(
+            self._model(),
+            base_optimizer(self.trainer.optimizer),
+            self.evaluations,
+            groups=parameter_groups(self.trainer),
+            runs_on=self._runs_on,
+        )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        engine = type(self.trainer.model_wrapped).__name__
-        self.recorder.begin(model, engine=engine, world_size=args.world_size)
+        self.recorder.begin(self._model())
+
+    def _model(self) -> nn.Module:
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         self._rates = [group["lr"] for group in optimizer.param_groups]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_log = True
+        if self._runs_on is None:
+            found = runs_on(self.trainer)
+            self._runs_on = {name: getattr(found, name) for name in RUNS_ON}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is None or "grad_norm" not in logs or not self._window:
             return
-        self.recorder.step(
-            window=self._window,
+        self.recorder.step_of_rows(
+            in_order_of_the_loader(self._window),
             denominator=self._denominator,
-            loss=float(sum(self._losses)),
+            loss=self.trainer.accelerator.reduce(sum(self._losses), "mean").item(),
             grad_norm=float(logs["grad_norm"]),
             learning_rates=self._rates,
         )
@@ -81,7 +95,20 @@ class TrainerRecorder(TrainerCallback):
 
         def training_step(*args: Any, **kwargs: Any) -> Tensor:
             loss = take(*args, **kwargs)
-            self._losses.append(loss.detach())
+            self._losses.append(loss.detach().clone())
             return loss
 
         self.trainer.training_step = training_step  # type: ignore[method-assign]
+
+
+def in_order_of_the_loader(window: list[Any]) -> list[list[str]]:
+    """The digests of the rows of a step's micro-batches on all ranks, as one process would have drawn them.
+
+    accelerate deals the micro-batches of one order out in turn: first each rank's first, then each rank's second.
+    """
+    own = [[] if isinstance(batch, UncountedBatch) else row_digests(batch) for batch in window]
+    if not dist.is_initialized():
+        return own
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, own)
+    return [rows for turn in zip(*everyones, strict=True) for rows in turn]

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-SCHEMA = 1
+from trainer_ext.engine import full_parameters, plain_name
+
+SCHEMA = 2
 # Of a parameter group: recorded elsewhere, or which kernel computes the same thing.
 NOT_SETTINGS = ("params", "lr", "initial_lr", "weight_decay", "foreach", "fused", "capturable", "differentiable")
 
@@ -50,8 +53,8 @@ class Trajectory:
 
     Attributes:
         path: Who trained: `manual loop`, or the trainer's class name.
-        engine: The class that owned the forward pass, wrapper included.
-        world_size: Data-parallel processes.
+        runs_on: `engine` (the class that owned the forward pass), ZeRO `stage`, `world_size`, and `local_fraction`, the
+            share of the parameters that a rank holds between two steps, as the run itself saw them.
         initial_weights: Digest of each parameter and buffer before the first step.
         weight_decay: The decay of each parameter's group, by the parameter's name.
         optimizer: The optimizer's class, and what its groups are set to (`betas`, `eps`, ..), by `group.name`.
@@ -59,11 +62,11 @@ class Trajectory:
         evaluations: Each evaluation's loss and metrics, in order.
         final_weights: As `initial_weights`, after the last step.
         optimizer_state: Digest of each state tensor, as `parameter.key`.
+        gradient_scale: The root of the largest second moment of each parameter, where the optimizer keeps them.
     """
 
     path: str
-    engine: str = ""
-    world_size: int = 1
+    runs_on: dict[str, Any] = field(default_factory=dict)
     initial_weights: dict[str, str] = field(default_factory=dict)
     weight_decay: dict[str, float] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
@@ -71,6 +74,7 @@ class Trajectory:
     evaluations: list[dict[str, float]] = field(default_factory=list)
     final_weights: dict[str, str] = field(default_factory=dict)
     optimizer_state: dict[str, str] = field(default_factory=dict)
+    gradient_scale: dict[str, float] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def save(self, folder: Path) -> None:
@@ -101,10 +105,9 @@ class Recorder:
     def __init__(self, path: str) -> None:
         self.trajectory = Trajectory(path)
 
-    def begin(self, model: nn.Module, *, engine: str, world_size: int = 1) -> None:
-        """Before the first step, with the unwrapped model."""
-        self.trajectory.engine, self.trajectory.world_size = engine, world_size
-        self.trajectory.initial_weights = digests(model.state_dict())
+    def begin(self, model: nn.Module) -> None:
+        """Before the first step; a collective where an engine has split the weights."""
+        self.trajectory.initial_weights = digests(dict(full_parameters(model)))
 
     def step(
         self,
@@ -116,12 +119,29 @@ class Recorder:
         learning_rates: list[float],
     ) -> None:
         """After an optimizer step; the arguments of `manual_loop.train`'s `on_step`."""
-        window = list(window)
+        self.step_of_rows(
+            [row_digests(batch) for batch in window],
+            denominator=denominator,
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rates=learning_rates,
+        )
+
+    def step_of_rows(
+        self,
+        rows: list[list[str]],
+        *,
+        denominator: float | None,
+        loss: float,
+        grad_norm: float,
+        learning_rates: list[float],
+    ) -> None:
+        """The same, of the digests of each micro-batch's rows."""
         self.trajectory.steps.append(
             Step(
                 step=len(self.trajectory.steps) + 1,
-                batch=fingerprint(window),
-                micro_batches=len(window),
+                batch=fingerprint(rows),
+                micro_batches=len(rows),
                 denominator=denominator,
                 loss=loss,
                 grad_norm=grad_norm,
@@ -129,56 +149,91 @@ class Recorder:
             )
         )
 
-    def end(self, model: nn.Module, optimizer: Optimizer, evaluations: Iterable[Mapping[str, float]]) -> Trajectory:
-        """After the last step, with the unwrapped model and optimizer; returns the trajectory."""
-        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    def end(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        evaluations: Iterable[Mapping[str, float]],
+        *,
+        groups: list[list[nn.Parameter]] | None = None,
+        runs_on: dict[str, Any] | None = None,
+    ) -> Trajectory:
+        """After the last step; a collective, as `begin`.
+
+        Args:
+            model: The trained model.
+            optimizer: What took the steps, below all wrappers.
+            evaluations: Each evaluation's loss and metrics.
+            groups: The model's parameters in each of the optimizer's groups, where an engine put others in their place.
+            runs_on: What the run stood on; by default this process alone.
+        """
         trajectory = self.trajectory
+        trajectory.tensors = {
+            name: tensor.clone() for name, tensor in full_parameters(model)
+        }  # FSDP2 shards again here
+        names: dict[Tensor, str] = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
+        single = {"engine": type(model).__name__, "stage": None, "world_size": 1, "local_fraction": 1.0}
+        trajectory.runs_on = runs_on or single
         trajectory.optimizer = {"class": type(optimizer).__name__}
-        for place, group in enumerate(optimizer.param_groups):
+        members = groups or [group["params"] for group in optimizer.param_groups]
+        for place, (group, parameters) in enumerate(zip(optimizer.param_groups, members, strict=True)):
             settings = {name: list(v) if isinstance(v, tuple) else v for name, v in group.items()}
             trajectory.optimizer |= {f"{place}.{n}": v for n, v in settings.items() if n not in NOT_SETTINGS}
-            for parameter in group["params"]:
+            for parameter in parameters:
                 trajectory.weight_decay[names[parameter]] = float(group.get("weight_decay", 0.0))
         trajectory.evaluations = [dict(evaluation) for evaluation in evaluations]
-        trajectory.tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         trajectory.final_weights = digests(trajectory.tensors)
-        trajectory.optimizer_state = digests(
-            {
-                f"{names[parameter]}.{key}": value
+        if trajectory.runs_on["world_size"] == 1:
+            trajectory.gradient_scale = {
+                names[parameter]: state["exp_avg_sq"].max().sqrt().item()
                 for parameter, state in optimizer.state.items()
-                for key, value in state.items()
-                if isinstance(value, Tensor)
+                if "exp_avg_sq" in state
             }
-        )
+            trajectory.optimizer_state = digests(
+                {
+                    f"{names[parameter]}.{key}": value
+                    for parameter, state in optimizer.state.items()
+                    for key, value in state.items()
+                    if isinstance(value, Tensor)
+                }
+            )
         return trajectory
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """SHA-256 of each tensor's dtype, shape and bytes, by name, in the order of the names."""
-    return {name: _digest(tensors[name]) for name in sorted(tensors)}
+    return {name: digest(tensors[name]) for name in sorted(tensors)}
 
 
-def fingerprint(window: Iterable[Mapping[str, Tensor]]) -> str:
-    """One digest for the rows of a step's micro-batches, in order.
+def fingerprint(rows: Iterable[Iterable[str]]) -> str:
+    """One digest for a step, from those of the rows of its micro-batches, in order."""
+    return hashlib.sha256("".join(chain.from_iterable(rows)).encode()).hexdigest()[:16]
+
+
+def row_digests(batch: Mapping[str, Tensor]) -> list[str]:
+    """One digest for each row of a micro-batch.
 
     A row counts with the positions that its attention mask keeps (and every label that is not -100), so that it has
-    one digest however long the batch it was padded into; a step has one however it was split into micro-batches.
+    one digest however long the batch it was padded into; a step has one however it was split over micro-batches and
+    ranks.
     """
-    total = hashlib.sha256()
-    for batch in window:
-        columns = {name: batch[name].cpu() for name in sorted(batch) if isinstance(batch[name], Tensor)}
-        mask = columns.get("attention_mask")
-        for row in range(len(next(iter(columns.values())))):
-            for name, column in columns.items():
-                values = column[row]
-                if mask is not None and column.shape == mask.shape:
-                    kept = mask[row].bool() | (values != -100 if name == "labels" else False)
-                    values = values[kept]
-                total.update(name.encode() + _bytes(values))
-    return total.hexdigest()[:16]
+    columns = {name: batch[name].cpu() for name in sorted(batch) if isinstance(batch[name], Tensor)}
+    mask = columns.get("attention_mask")
+    found = []
+    for row in range(len(next(iter(columns.values())))):
+        total = hashlib.sha256()
+        for name, column in columns.items():
+            values = column[row]
+            if mask is not None and column.shape == mask.shape:
+                kept = mask[row].bool() | (values != -100 if name == "labels" else False)
+                values = values[kept]
+            total.update(name.encode() + _bytes(values))
+        found.append(total.hexdigest()[:16])
+    return found
 
 
-def _digest(tensor: Tensor) -> str:
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes."""
     header = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
     return hashlib.sha256(header + _bytes(tensor.detach())).hexdigest()[:16]
 

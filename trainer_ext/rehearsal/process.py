@@ -1,0 +1,44 @@
+"""What a launcher starts in a rehearsal: the script itself, on the CPU, with its training watched.
+
+    LAUNCHER .. -m trainer_ext.rehearsal.process SCRIPT ARGUMENTS..
+    LAUNCHER .. -m trainer_ext.rehearsal.process -m MODULE ARGUMENTS..
+
+The plan is a JSON file that the environment names; one without `steps` has the script run as it is, on the CPU.
+"""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from trainer_ext.rehearsal import on_cpu
+
+
+def main() -> None:
+    """Set the process up, and become the script."""
+    os.environ.update(on_cpu.ENVIRONMENT)
+    from trainer_ext.engine import REHEARSING
+
+    plan = json.loads(Path(os.environ[REHEARSING]).read_text())
+    local_rank = [
+        word for word in sys.argv[1:2] if word.startswith("--local_rank")
+    ]  # DeepSpeed's launcher puts it first
+    script, *arguments = sys.argv[1 + len(local_rank) :]
+    on_cpu.install()
+
+    from trainer_ext.rehearsal.watch import watch
+
+    watch(plan)
+    if script == "-m":
+        module, *arguments = arguments
+        sys.argv = [module, *local_rank, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [script, *local_rank, *arguments]
+        sys.path.insert(0, str(Path(script).resolve().parent))
+        runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
