@@ -101,7 +101,11 @@ def compare(
         loss_ratio=_ratio(one[1].loss, one[0].loss) if one else math.nan,
         gradient_ratio=_ratio(one[1].grad_norm, one[0].grad_norm) if one else math.nan,
         max_relative_loss_difference=_largest(_relative(a.loss, b.loss) for a, b in pairs),
-        max_relative_gradient_difference=_largest(_relative(a.grad_norm, b.grad_norm) for a, b in pairs),
+        max_relative_gradient_difference=_largest(
+            _relative(a.grad_norm, b.grad_norm)
+            for a, b in pairs
+            if a.grad_norm is not None and b.grad_norm is not None
+        ),
     )
 
 
@@ -153,7 +157,7 @@ def _step_differences(a: Step, b: Step, tolerance: Tolerance, same_split: bool) 
         yield Difference(a.step, "denominator", a.denominator, b.denominator)
     if not tolerance.holds(a.loss, b.loss):
         yield Difference(a.step, "loss", a.loss, b.loss)
-    if not tolerance.holds(a.grad_norm, b.grad_norm):
+    if a.grad_norm is not None and b.grad_norm is not None and not tolerance.holds(a.grad_norm, b.grad_norm):
         yield Difference(a.step, "grad_norm", a.grad_norm, b.grad_norm)
     if a.learning_rates != b.learning_rates:
         yield Difference(a.step, "learning_rate", a.learning_rates, b.learning_rates)
@@ -224,8 +228,8 @@ def _largest(values: Iterator[float]) -> float:
     return math.nan if any(math.isnan(value) for value in found) else max(found, default=0.0)
 
 
-def _ratio(candidate: float, reference: float) -> float:
-    return candidate / reference if reference else math.nan
+def _ratio(candidate: float | None, reference: float | None) -> float:
+    return candidate / reference if candidate is not None and reference else math.nan
 
 
 def _relative(reference: float, candidate: float) -> float:

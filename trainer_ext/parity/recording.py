@@ -61,13 +61,13 @@ class TrainerRecorder(TrainerCallback):
             self._runs_on = {name: getattr(found, name) for name in RUNS_ON}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs is None or "grad_norm" not in logs or not self._window:
+        if logs is None or "loss" not in logs or not self._window:
             return
         self.recorder.step_of_rows(
             in_order_of_the_loader(self._window),
             denominator=self._denominator,
             loss=self.trainer.accelerator.reduce(sum(self._losses), "mean").item(),
-            grad_norm=float(logs["grad_norm"]),
+            grad_norm=float(logs["grad_norm"]) if "grad_norm" in logs else None,
             learning_rates=self._rates,
         )
         self._window, self._losses = [], []

@@ -34,7 +34,7 @@ class Step:
         micro_batches: How many micro-batches the rows came in.
         denominator: What the step's summed loss was divided by; None where the path does not say.
         loss: The step's loss, as the path itself reports it.
-        grad_norm: The gradient's norm before clipping.
+        grad_norm: The gradient's norm before clipping; None where the path does not say, as DeepSpeed without ZeRO.
         learning_rates: The rate of every parameter group, as the step was taken with it.
     """
 
@@ -43,7 +43,7 @@ class Step:
     micro_batches: int
     denominator: float | None
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     learning_rates: list[float]
 
 
@@ -133,7 +133,7 @@ class Recorder:
         *,
         denominator: float | None,
         loss: float,
-        grad_norm: float,
+        grad_norm: float | None,
         learning_rates: list[float],
     ) -> None:
         """The same, of the digests of each micro-batch's rows."""
