@@ -250,7 +250,14 @@ def rehearse(
         from trainer_ext.rehearsal.run import rehearse as run_rehearsal
 
         found = run_rehearsal(
-            ctx.args, processes=processes, steps=steps, resume=resume, keep_hosts=keep_hosts, timeout=timeout, log=log
+            ctx.args,
+            processes=processes,
+            steps=steps,
+            resume=resume,
+            keep_hosts=keep_hosts,
+            timeout=timeout,
+            log=log,
+            progress=True,
         )
         if report is not None:
             report.write_text(json.dumps(found.as_json(), indent=1))

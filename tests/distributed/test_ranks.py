@@ -1,6 +1,7 @@
 """Several processes over gloo and DDP give the numbers of one, however unevenly the rows fall on them."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -30,9 +31,9 @@ def found(tmp_path_factory):
 
 
 def gap(a, b):
-    """The largest difference, relative to the largest number; infinite where the lengths differ."""
-    if len(a) != len(b):
-        return float("inf")
+    """The largest difference, relative to the largest number; infinite where the lengths differ or one is NaN."""
+    if len(a) != len(b) or not all(map(math.isfinite, [*a, *b])):
+        return math.inf
     return max(abs(x - y) for x, y in zip(a, b, strict=True)) / max(map(abs, a))
 
 

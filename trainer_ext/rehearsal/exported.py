@@ -1,6 +1,7 @@
 """The weights that a run exported, loaded as a user would load them and held against the trained ones."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,16 @@ import transformers
 from safetensors import safe_open
 
 from trainer_ext.parity.trajectory import digest, digests
+
+VERDICT = "rehearsal.json"
+
+
+def exported_earlier(folder: Path) -> list[Path]:
+    """The files in `folder` that are there as an earlier rehearsal exported them."""
+    verdict = folder / VERDICT
+    said = (json.loads(verdict.read_text())["exported"] if verdict.is_file() else None) or {"files": {}}
+    there = {folder / name: sha for name, sha in said["files"].items() if (folder / name).is_file()}
+    return [path for path, sha in there.items() if file_digest(path) == sha]
 
 
 def compare_export(record: dict[str, Any]) -> dict[str, Any]:

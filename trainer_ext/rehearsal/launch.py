@@ -7,9 +7,11 @@ the script begins. Only how many processes they start, where, and what those run
     accelerate launch --config_file X.yaml --num_processes 2 .. --module trainer_ext.rehearsal.process script.py --a 1
 """
 
+import io
 import json
 import re
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ LAUNCHERS = {
     ("accelerate-launch",): "accelerate.commands.launch",
     ("torchrun",): "torch.distributed.run",
 }
+# The parts of the state that DeepSpeed can move, and the keys that say where.
+OFFLOADED = {"optimizer": "offload_optimizer", "parameters": "offload_param"}
 
 
 @dataclass(frozen=True)
@@ -124,21 +128,28 @@ def _parse_python(words: list[str], environment: dict[str, str]) -> Launch:
         return _parse_launcher(words[1], words[2:], environment)
     width = 2 if words[:1] == ["-m"] else 1
     if len(words) < width or (width == 1 and words[0].startswith("-")):
-        raise ValueError("python is rehearsed with a script or with -m MODULE, and without options of its own.")
+        raise ValueError(
+            f"'python {' '.join(words)}' cannot be rehearsed: name a script or -m MODULE, without options of python's own."
+        )
     asked = asked_by_script(words[width:], engine="single")
     return Launch(None, [], words[:width], words[width:], environment, asked)
 
 
 def _parse_launcher(launcher: str, words: list[str], environment: dict[str, str]) -> Launch:
     found, arguments = _parsed(launcher, words)
-    end = len(words) - len(arguments) - 1
     if getattr(found, "no_python", False):
-        raise ValueError("--no_python starts a program that is not Python, which cannot be rehearsed.")
+        raise ValueError(
+            "--no_python starts any program, which cannot be rehearsed: leave it out, and name the script."
+        )
     if getattr(found, "cpu", False):
         raise ValueError(
             "--cpu has `accelerate launch` drop DeepSpeed and FSDP: leave it out; a rehearsal is on the CPU."
         )
-    options = [word for word in words[:end] if word not in ("--module", "-m")]
+    end = len(words) - len(arguments) - 1
+    end -= words[end] == "--"  # which the launcher's parser takes away
+    options = [word for word in words[:end] if word not in ("--module", "-m", "--")]
+    if getattr(found, "finds_gpus", False):
+        options.append("--multi_gpu")
     script = ["-m", words[end]] if found.module else [words[end]]
     hosts, processes = _hosts(launcher, found)
     asked = _asked(launcher, found, arguments)
@@ -156,7 +167,21 @@ def _hosts(launcher: str, found: Any) -> tuple[int, int]:
 
 
 def _parsed(launcher: str, words: list[str]) -> tuple[Any, list[str]]:
-    """The launcher's own reading of the words, and those that it leaves to the script."""
+    """The launcher's own reading of the words, and those that it leaves to the script.
+
+    Raises:
+        ValueError: The launcher does not take them.
+    """
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            return _read(launcher, words)
+    except SystemExit:
+        complaint = said.getvalue().strip().rpartition("error: ")[2]
+        raise ValueError(f"{launcher} does not take {' '.join(words)!r}: {complaint}") from None
+
+
+def _read(launcher: str, words: list[str]) -> tuple[Any, list[str]]:
     if launcher == "deepspeed.launcher.runner":
         from deepspeed.launcher.runner import parse_args
 
@@ -165,7 +190,10 @@ def _parsed(launcher: str, words: list[str]) -> tuple[Any, list[str]]:
     if launcher == "accelerate.commands.launch":
         from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-        found, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+        found, config, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+        if config is None and not (found.use_deepspeed or found.use_fsdp):
+            found.finds_gpus = not found.multi_gpu
+            found.multi_gpu = True  # which accelerate takes for granted where there are several GPUs
         return found, found.training_script_args
     from torch.distributed.run import get_args_parser
 
@@ -178,10 +206,14 @@ def _asked(launcher: str, found: Any, arguments: list[str]) -> Asked:
         return asked_by_script(arguments, engine="deepspeed")
     if launcher == "accelerate.commands.launch":
         if found.use_deepspeed:
-            return asked_by_config(found.deepspeed_config_file, stage=found.zero_stage)
+            if found.deepspeed_config_file is not None:
+                return asked_by_config(found.deepspeed_config_file)
+            devices = {"optimizer": found.offload_optimizer_device, "parameters": found.offload_param_device}
+            return Asked("deepspeed", found.zero_stage, _moved(devices))
         if found.use_fsdp:
             offload = str(found.fsdp_offload_params).lower() == "true"
             return Asked("fsdp", offload=("optimizer", "parameters") if offload else ())
+        return asked_by_script(arguments, engine="ddp" if found.multi_gpu else "single")
     return asked_by_script(arguments, engine="ddp")
 
 
@@ -190,28 +222,47 @@ def asked_by_script(arguments: list[str], *, engine: str) -> Asked:
     values = {}
     for place, word in enumerate(arguments):
         name, equals, value = word.partition("=")
-        following = arguments[place + 1] if place + 1 < len(arguments) else ""
-        values[name.lstrip("-").replace("-", "_")] = value if equals else following
-    if "deepspeed" in values:
+        following = arguments[place + 1] if place + 1 < len(arguments) else "true"
+        if name.startswith("--"):
+            values[name[2:].replace("-", "_")] = value if equals else following
+    if values.get("deepspeed"):
         return asked_by_config(values["deepspeed"])
-    return Asked("fsdp") if "fsdp" in values else Asked(engine)
+    return Asked("fsdp") if values.get("fsdp") else Asked(engine)
 
 
-def asked_by_config(path: str | None, *, stage: int | None = None) -> Asked:
+def asked_by_config(config: str | dict[str, Any]) -> Asked:
     """What a DeepSpeed config asks for.
 
+    Args:
+        config: A path, JSON, or what JSON holds, as `TrainingArguments` takes it.
+
     Raises:
-        ValueError: The file cannot be read.
+        ValueError: It cannot be read.
     """
-    if path is None:
-        return Asked("deepspeed", stage)
     try:
-        zero = json.loads(Path(path).read_text()).get("zero_optimization", {})
+        if isinstance(config, str):
+            text = config if config.lstrip().startswith("{") else Path(config).read_text()
+        held = json.loads(text) if isinstance(config, str) else config
+        zero = held.get("zero_optimization", {})
+        devices = {part: (zero.get(key) or {}).get("device") for part, key in OFFLOADED.items()}
+        return Asked("deepspeed", zero.get("stage", 0), _moved(devices))
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"DeepSpeed config {path}: {error}") from None
-    parts = {"optimizer": "offload_optimizer", "parameters": "offload_param"}
-    offload = tuple(part for part, key in parts.items() if zero.get(key, {}).get("device", "none") != "none")
-    return Asked("deepspeed", zero.get("stage", 0), offload)
+        raise ValueError(f"DeepSpeed config {config}: {error}") from None
+    except AttributeError:
+        raise ValueError(f"DeepSpeed config {config}: it, or its zero_optimization, is no JSON object.") from None
+
+
+def completed(asked: Asked, record: dict[str, Any]) -> Asked:
+    """`asked`, with what the command left to the script's own arguments, as a rank recorded them."""
+    if asked.engine == "fsdp" or asked.stage is not None:
+        return asked
+    if record["deepspeed"]:
+        return asked_by_config(record["deepspeed"])
+    return Asked("fsdp") if record["fsdp"] and asked.engine != "deepspeed" else asked
+
+
+def _moved(devices: dict[str, str | None]) -> tuple[str, ...]:
+    return tuple(part for part, device in devices.items() if device not in (None, "none"))
 
 
 def _deepspeed_options(options: list[str], processes: int, port: int) -> list[str]:
@@ -221,6 +272,8 @@ def _deepspeed_options(options: list[str], processes: int, port: int) -> list[st
 
 def _accelerate_options(options: list[str], processes: int, port: int) -> list[str]:
     here = ["--num_machines", "1", "--machine_rank", "0", "--main_process_ip", "127.0.0.1", "--gpu_ids", "all"]
+    if processes == 1:  # for which accelerate refuses the word
+        options = [word for word in options if word != "--multi_gpu"]
     return [*options, "--num_processes", str(processes), "--main_process_port", str(port), *here]
 
 

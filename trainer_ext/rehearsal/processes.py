@@ -4,7 +4,11 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from trainer_ext.engine import REHEARSING
 
@@ -31,8 +35,11 @@ def run_launch(
     threads = max(1, (os.cpu_count() or 1) // processes)
     here = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
     variables = {"OMP_NUM_THREADS": str(threads), **os.environ, **(environment or {}), "PYTHONPATH": here}
+    # The environment's own tools first, activated or not: another ninja has DeepSpeed build its operators again.
+    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", "")])
     if plan is not None:
         variables[REHEARSING] = str(plan)
+    remove_abandoned_locks()
     with log.open("w") as file:
         process = subprocess.Popen(words, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -41,10 +48,40 @@ def run_launch(
             file.write(f"\nnot done after {timeout:g} seconds, and ended\n")
             code = -signal.SIGKILL
         finally:
-            if process.poll() is None:  # the launcher and its ranks are one process group
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            if process.poll() is None:
+                end(process)
     return code, log.read_text(errors="replace")
+
+
+def remove_abandoned_locks() -> None:
+    """Remove the locks of operators' builds that no process holds any more.
+
+    Torch builds DeepSpeed's operators behind a lock file. A process that is killed there leaves it, and every later
+    launch waits for it in silence, for ever.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        if not any(_holds(process, lock) for process in psutil.process_iter()):
+            lock.unlink(missing_ok=True)
+
+
+def _holds(process: psutil.Process, file: Path) -> bool:
+    try:
+        return any(opened.path == str(file) for opened in process.open_files())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a launcher and all that it started; torchrun gives every rank a session of its own."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in family:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
+    psutil.wait_procs(family[1:], timeout=10)
 
 
 def why(output: str, code: int) -> str:

@@ -22,5 +22,6 @@ def show(found: Rehearsal) -> None:
     if found.reason is not None:
         console.print(f"[red]Ended early:[/] {escape(found.reason)}")
     if found.output_dir is not None:
-        console.print(f"Weights and rehearsal.json: {escape(found.output_dir)}")
+        files = "rehearsal.json" if found.export is None else "Weights and rehearsal.json"
+        console.print(f"{files}: {escape(found.output_dir)}")
     console.print("[green]passed[/]" if found.passed else "[red]failed[/]")

@@ -9,13 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from trainer_ext.rehearsal.exported import compare_export
-from trainer_ext.rehearsal.launch import Launch, parse
+from rich.console import Console
+
+from trainer_ext.rehearsal.exported import VERDICT, compare_export, exported_earlier
+from trainer_ext.rehearsal.launch import Launch, completed, parse
 from trainer_ext.rehearsal.processes import free_port, run_launch, why
 from trainer_ext.rehearsal.verify import Check, verify
 
 CHECKPOINTS = "rehearsal"  # inside the output folder, where no later run takes one for its own
-VERDICT = "rehearsal.json"
+CLAIMED = "output_dir"  # in a run's scratch folder: the output folder that its processes name
 ALWAYS_MISSED = "speed, GPU memory, GPU kernels and NCCL: gloo and the CPU stood in for them"
 MIN_STEPS = 2  # one before the checkpoint, one after it
 
@@ -76,6 +78,7 @@ def rehearse(
     keep_hosts: bool = False,
     timeout: float = 1800,
     log: Path | None = None,
+    progress: bool = False,
 ) -> Rehearsal:
     """Run the launch `words` on CPU processes, and verify what ran.
 
@@ -87,6 +90,7 @@ def rehearse(
         keep_hosts: Whether the command's hosts, rank and address stay, for one rehearsal on each of several hosts.
         timeout: Seconds for each run.
         log: Where the processes' output goes; by default it is kept only to be quoted.
+        progress: Whether to say in the terminal which run is under way.
 
     Returns:
         The verdict. The exported weights are in the command's `output_dir`, beside `rehearsal.json`.
@@ -101,13 +105,13 @@ def rehearse(
     launch = parse(words)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as scratch:
         processes = launch.processes if keep_hosts else processes
-        stage = Stage(launch, processes, keep_hosts, timeout, Path(scratch), log)
+        stage = Stage(launch, processes, keep_hosts, timeout, Path(scratch), log, progress)
         return _rehearse(stage, words, steps, resume)
 
 
 def _rehearse(stage: "Stage", words: list[str], steps: int, resume: bool) -> Rehearsal:
     trained, reason = stage.run("train", {"steps": steps, "resume": None, "last": not resume})
-    output = trained[0]["output_dir"] if trained else None
+    output = trained[0]["output_dir"] if trained else stage.claimed("train")
     resumed = None
     if resume and trained and reason is None:
         checkpoint = Path(trained[0]["output_dir"]) / CHECKPOINTS / f"checkpoint-{steps - 1}"
@@ -117,11 +121,14 @@ def _rehearse(stage: "Stage", words: list[str], steps: int, resume: bool) -> Reh
             resumed, reason = stage.run("resume", {"steps": steps, "resume": str(checkpoint), "last": True})
     last = resumed or trained
     export = compare_export(last[0]) if last and stage.has_rank_0(trained) else None
-    checks = verify(stage.launch.asked, stage.processes, stage.world_size, steps, trained, resumed, export)
+    asked = completed(stage.launch.asked, trained[0]) if trained else stage.launch.asked
+    checks = verify(asked, stage.processes, stage.world_size, steps, trained, resumed, export)
     missed = [ALWAYS_MISSED, *dict.fromkeys(word for rank in trained for word in rank["not_covered"])]
     found = Rehearsal(words, stage.world_size, checks, trained, missed, export, reason, output)
     if output is not None and stage.has_rank_0(trained):
         shutil.rmtree(Path(output) / CHECKPOINTS, ignore_errors=True)
+        for stale in exported_earlier(Path(output)) if export is None else []:
+            stale.unlink()
         (Path(output) / VERDICT).write_text(json.dumps(found.as_json(), indent=1))
     return found
 
@@ -136,6 +143,7 @@ class Stage:
     timeout: float
     scratch: Path
     log: Path | None
+    progress: bool
 
     @property
     def world_size(self) -> int:
@@ -143,7 +151,13 @@ class Stage:
 
     def has_rank_0(self, ranks: list[dict[str, Any]]) -> bool:
         """Whether rank 0 ran here, and with it the one write to the shared folder that each thing needs."""
-        return not self.keep_hosts or ranks[0]["rank"] == 0
+        return not self.keep_hosts or (bool(ranks) and ranks[0]["rank"] == 0)
+
+    def claimed(self, name: str) -> str | None:
+        """The output folder that the processes of a run named before they trained, if they made it."""
+        path = self.scratch / name / CLAIMED
+        folder = path.read_text() if path.is_file() else None
+        return folder if folder is not None and Path(folder).is_dir() else None
 
     def run(self, name: str, plan: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
         """Launch once; the ranks' records, and why it ended early.
@@ -170,14 +184,15 @@ class Stage:
         return None if code == 0 else why(output, code)
 
     def _launched(self, words: list[str], name: str, plan: Path | None = None) -> tuple[int, str]:
-        code, output = run_launch(
-            words,
-            self.scratch / f"{name}.log",
-            processes=self.processes,
-            timeout=self.timeout,
-            plan=plan,
-            environment=self.launch.environment,
-        )
+        with Console(stderr=True, quiet=not self.progress).status(f"{name}: {self.processes} processes on the CPU"):
+            code, output = run_launch(
+                words,
+                self.scratch / f"{name}.log",
+                processes=self.processes,
+                timeout=self.timeout,
+                plan=plan,
+                environment=self.launch.environment,
+            )
         if self.log is not None:
             with self.log.open("a") as file:
                 file.write(f"# {name}: {' '.join(words)}\n{output}\n")

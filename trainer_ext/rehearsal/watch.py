@@ -5,7 +5,6 @@ there as `mistake.json` and ends the process.
 """
 
 import json
-import math
 import os
 import resource
 import sys
@@ -20,8 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trainer_ext.engine import count_elements, full_parameters, local_elements, runs_on
 from trainer_ext.parity.trajectory import digest
 from trainer_ext.rehearsal import on_cpu
-from trainer_ext.rehearsal.exported import file_digest
-from trainer_ext.rehearsal.run import CHECKPOINTS, VERDICT
+from trainer_ext.rehearsal.exported import exported_earlier
+from trainer_ext.rehearsal.run import CHECKPOINTS, CLAIMED
 
 EVALUATED_BATCHES = 2
 
@@ -39,9 +38,9 @@ def watch(plan: dict[str, Any]) -> None:
         missed.extend(on_cpu.adapt(self))
         if "steps" in plan:
             cap(self, plan)
-            if plan["resume"] is None:
-                refuse_used_folder(Path(str(self.output_dir)), Path(plan["folder"]))
         check(self)
+        if "steps" in plan and plan["resume"] is None:
+            claim(Path(str(self.output_dir)), Path(plan["folder"]))
 
     TrainingArguments.__post_init__ = post_init  # type: ignore[method-assign]
     if "steps" in plan:
@@ -50,9 +49,8 @@ def watch(plan: dict[str, Any]) -> None:
 
 def cap(args: TrainingArguments, plan: dict[str, Any]) -> None:
     """A few steps, each logged and saved, and nothing that leaves this machine."""
-    given = args.max_steps
-    args.max_steps = plan["steps"] if given <= 0 else min(given, plan["steps"])
     capped: dict[str, Any] = {
+        "max_steps": plan["steps"],
         "logging_strategy": "steps",
         "logging_steps": 1,
         "save_strategy": "steps",
@@ -70,23 +68,24 @@ def cap(args: TrainingArguments, plan: dict[str, Any]) -> None:
         setattr(args, name, value)
 
 
-def refuse_used_folder(folder: Path, records: Path) -> None:
-    """End the process where `folder` holds a run that is not a rehearsal's."""
-    verdict = folder / VERDICT
-    own = set(json.loads(verdict.read_text())["exported"]["files"].items()) if verdict.is_file() else set()
+def claim(folder: Path, records: Path) -> None:
+    """Take `folder` for this rehearsal; end the process where it holds a run that is not a rehearsal's.
+
+    Asked once: later the folder holds what this rehearsal wrote, by this process or by another one.
+    """
+    claimed = records / CLAIMED
+    if claimed.is_file() and claimed.read_text() == str(folder):
+        return
+    own = [*exported_earlier(folder), folder / "training_args.bin"]
     weights = [path for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pt")]
-    found = [path.name for path in weights if path.name != "training_args.bin" and not _is_among(path, own)]
-    found += [path.name for path in folder.glob("checkpoint-*")]
+    found = [path.name for path in [*weights, *folder.glob("checkpoint-*")] if path not in own]
     if found:
         message = (
             f"output_dir {folder} holds a run ({', '.join(sorted(found)[:3])}); rehearse into a folder of its own."
         )
         (records / "mistake.json").write_text(json.dumps(message))
         sys.exit(2)
-
-
-def _is_among(path: Path, own: set[tuple[str, str]]) -> bool:
-    return (path.name, file_digest(path)) in own
+    claimed.write_text(str(folder))
 
 
 def _watch_trainers(plan: dict[str, Any], missed: list[str]) -> None:
@@ -128,6 +127,8 @@ class Watcher(TrainerCallback):
             "trainer": type(trainer).__name__,
             "rank": trainer.args.process_index,
             "output_dir": str(trainer.args.output_dir),
+            "deepspeed": trainer.args.deepspeed,
+            "fsdp": bool(trainer.args.fsdp),
             "elements": elements,
             "losses": [],
             "grad_norms": [],
@@ -142,7 +143,8 @@ class Watcher(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs:
             self.record["losses"].append(float(logs["loss"]))
-            self.record["grad_norms"].append(float(logs.get("grad_norm", math.nan)))
+            if "grad_norm" in logs:  # DeepSpeed without ZeRO does not tell
+                self.record["grad_norms"].append(float(logs["grad_norm"]))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.record["steps"] += 1
