@@ -96,6 +96,12 @@ def full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
             with deepspeed.zero.GatheredParameters([tensor]):
                 whole = tensor.detach().clone()
+        elif getattr(tensor, "ds_is_replaced_module", False):  # split over tensor-parallel ranks by AutoTP
+            from deepspeed.module_inject.layers import GatherReplacedLayerParams
+
+            owner = model.get_submodule(name.rpartition(".")[0])
+            with GatherReplacedLayerParams(list(owner.parameters(recurse=False)), owner):
+                whole = tensor.detach().clone()
         elif isinstance(whole, DTensor):
             whole = whole.full_tensor()
         yield plain_name(name), whole.cpu()
@@ -182,6 +188,36 @@ def check_engine(trainer: "Trainer") -> None:
             f"FSDP is asked for, and accelerate set up {_found(trainer)}. Launch with `accelerate launch` without --cpu; "
             "without an accelerator put `trainer-ext rehearse --` before the command."
         )
+
+
+def refuse_zenflow(trainer: "Trainer") -> None:
+    """Raise where DeepSpeed would train scrambled weights.
+
+    It flattens matrices transposed for ZenFlow's ZeRO-1 and 2 and takes them back untransposed: seen in 0.19.8.
+
+    Raises:
+        ValueError: ZenFlow is asked for.
+    """
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    zero = plugin.deepspeed_config.get("zero_optimization", {}) if plugin is not None else {}
+    if zero.get("zenflow") is not None:
+        raise ValueError(
+            "the DeepSpeed config has a zenflow block, with which DeepSpeed (seen in 0.19.8) scrambles every matrix before "
+            "the first step. Leave it out: zero2_offload.json does the same without stale gradients."
+        )
+
+
+def checkpoint_with_dropout_masks(trainer: "Trainer") -> None:
+    """Have the model itself recompute activations where FSDP2 is to.
+
+    accelerate's way does not keep the state of the random generator, so that blocks are computed again with other
+    dropout masks, and the gradient is not that of the loss.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    enable = getattr(trainer.model, "gradient_checkpointing_enable", None)
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.activation_checkpointing and enable is not None:
+        plugin.activation_checkpointing = False
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def shard_blocks_without_embeddings(trainer: "Trainer") -> None:

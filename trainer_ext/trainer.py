@@ -9,7 +9,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer
 from transformers.utils import logging
 
-from trainer_ext.engine import check_engine, flattens_parameters, saves_shards, shard_blocks_without_embeddings
+from trainer_ext.engine import (
+    check_engine,
+    checkpoint_with_dropout_masks,
+    flattens_parameters,
+    refuse_zenflow,
+    saves_shards,
+    shard_blocks_without_embeddings,
+)
 from trainer_ext.exact_loss import ExactLossMixin
 from trainer_ext.optim.factory import brings_own_groups, build_optimizer
 from trainer_ext.optim.groups import assign, groups
@@ -34,9 +41,11 @@ class CustomTrainer(ExactLossMixin, Trainer):
             self.create_optimizer = self._create_by_combined_override  # type: ignore[method-assign]
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The stock set-up; then, that the engine is the one that was asked for, and that FSDP2 can shard the model."""
+        """The stock set-up; then, that the engine is the one that was asked for, and what FSDP2 needs to be right."""
         super().create_accelerator_and_postprocess()
         check_engine(self)
+        refuse_zenflow(self)
+        checkpoint_with_dropout_masks(self)
         shard_blocks_without_embeddings(self)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:

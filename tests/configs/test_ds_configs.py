@@ -13,8 +13,6 @@ from trainer_ext.configs.catalog import config_folder
 
 FOLDER = config_folder("ds_configs")
 CONFIGS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
-# Read when the engine is built with several ranks, after the parser.
-READ_LATER = {"sequence_parallel_size"}
 
 
 class Watched(dict):
@@ -54,7 +52,7 @@ def dead_keys(config):
     checkpoint = Watched(config.get("checkpoint", {}))
     watched = Watched({**config, "checkpoint": checkpoint})
     DeepSpeedConfig(watched)
-    dead = [key for key in config if key not in watched.read | READ_LATER]
+    dead = [key for key in config if key not in watched.read]
     return dead + [f"checkpoint.{key}" for key in checkpoint if key not in checkpoint.read]
 
 
@@ -67,6 +65,32 @@ def test_the_engines_own_parser_takes_it(name, precision, tmp_path):
     assert parsed.zero_config.stage == CONFIGS[name]["zero_optimization"]["stage"]
     assert parsed.bfloat16_config.enabled is bool(precision)
     assert parsed.train_micro_batch_size_per_gpu == 8
+
+
+def two_ranks(monkeypatch):
+    """Have transformers and DeepSpeed believe that this is rank 0 of 2."""
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 0)
+    monkeypatch.setattr("deepspeed.comm.get_world_size", lambda: 2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_two_ranks_agree_on_the_batch(name, tmp_path, monkeypatch):
+    """As `from_pretrained` parses it on each rank, before there is an engine."""
+    two_ranks(monkeypatch)
+    parsed = DeepSpeedConfig(filled_in(CONFIGS[name], tmp_path))
+    assert (parsed.train_batch_size, parsed.train_micro_batch_size_per_gpu) == (16, 8)
+
+
+def test_a_batch_that_two_ranks_do_not_share_is_found(tmp_path, monkeypatch):
+    two_ranks(monkeypatch)
+    with pytest.raises(AssertionError, match="batch"):
+        DeepSpeedConfig(filled_in({**CONFIGS["zero3"], "sequence_parallel_size": 2}, tmp_path))
+
+
+def test_stage_3_muon_does_not_scatter():
+    """The engine raises otherwise, after the parser."""
+    assert CONFIGS["zero3_muon"]["zero_optimization"]["reduce_scatter"] is False
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -118,15 +142,20 @@ PROMISES = {
     "hpz": {"zero_hpz_partition_size"},
     "zeropp": {"zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"},
     "muon": {"optimizer"},
+    "zenflow": {"offload_optimizer", "optimizer", "zenflow"},
     "moe": {"leaf_module"},
     "superoffload": {"offload_optimizer"},
-    "zenflow": {"offload_optimizer", "zenflow"},
-    "ulysses": {"sequence_parallel_size"},
+    "ulysses": {"seq_parallel_communication_data_type"},
     "autotp": {"tensor_parallel"},
     "universal": {"checkpoint"},
 }
-# AutoTP splits weights too, and gathers them by the same key.
-ALSO = {"zero3_offload": {"offload_param"}, "zero1_autotp": {"stage3_gather_16bit_weights_on_model_save"}}
+ALSO = {
+    "zero3_offload": {"offload_param"},
+    "zero1_autotp": {
+        "stage3_gather_16bit_weights_on_model_save"
+    },  # AutoTP splits weights too, and gathers by this key
+    "zero3_muon": {"reduce_scatter"},  # which stage 3 refuses to combine with Muon
+}
 
 
 def test_readme_lists_every_file():
