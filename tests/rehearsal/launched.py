@@ -1,0 +1,84 @@
+"""A training that is over in a moment, with a fault by name: what the tests launch in the place of a user's script.
+
+    LAUNCHER .. tests/rehearsal/launched.py --output_dir OUT [--trainer custom] [--fault NAME] [training arguments]
+
+Every rank writes what it saw into OUT, as `seen0.json` and so on.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from trainer_ext import CustomTrainer, CustomTrainingArguments
+from trainer_ext.engine import base_optimizer, parameter_groups, runs_on
+
+TRAINERS = {"stock": (Trainer, TrainingArguments), "custom": (CustomTrainer, CustomTrainingArguments)}
+
+
+@dataclass
+class Options:
+    trainer: str = "stock"
+    fault: str = "none"  # without_fsdp, without_training, breaks
+
+
+class Breaks(TrainerCallback):
+    """Ends the run before its second step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            raise RuntimeError("this script breaks")
+
+
+def model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForSequenceClassification(BertConfig(vocab_size=40, max_position_embeddings=16, **sizes, **dropout))
+
+
+def rows(count=64):
+    ids = torch.randint(5, 40, (count, 8), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row[0] % 2} for row in ids]
+
+
+def seen(trainer, names):
+    """What the trainer stands on, its parameter groups by the parameters' names, and what it logged."""
+    return {
+        "runs_on": asdict(runs_on(trainer)),
+        "groups": [sorted(names[id(p)] for p in group) for group in parameter_groups(trainer)],
+        "weight_decay": [group["weight_decay"] for group in base_optimizer(trainer.optimizer).param_groups],
+        "schedule": type(getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)).__name__,
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+def main():
+    if "without_fsdp" in sys.argv:  # before anything asks for it
+        del os.environ["ACCELERATE_USE_FSDP"]
+    arguments = TRAINERS["custom" if "custom" in sys.argv else "stock"][1]
+    options, args = HfArgumentParser((Options, arguments)).parse_args_into_dataclasses()
+    made = model()
+    names = {id(parameter): name for name, parameter in made.named_parameters()}
+    trainer = TRAINERS[options.trainer][0](model=made, args=args, train_dataset=rows())
+    if options.fault == "breaks":
+        trainer.add_callback(Breaks())
+    if options.fault != "without_training":
+        trainer.train()
+        path = Path(args.output_dir) / f"seen{args.process_index}.json"
+        path.write_text(json.dumps(seen(trainer, names)))
+
+
+if __name__ == "__main__":
+    main()
