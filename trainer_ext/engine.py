@@ -220,6 +220,24 @@ def checkpoint_with_dropout_masks(trainer: "Trainer") -> None:
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
+def materialise_new_weights(trainer: "Trainer") -> None:
+    """Give each weight that a checkpoint lacks, such as a new head's, memory of its own on every rank.
+
+    With `cpu_ram_efficient_loading` transformers leaves them on the meta device of all ranks but the first, and
+    accelerate, which finds the optimizer's parameters again by their addresses, takes them all for one: these ranks
+    never train their shards of the others. What is put here is overwritten by rank 0's.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.fsdp_version != 2:
+        return
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied one stays tied
+    for module in cast(nn.Module, trainer.model).modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                new = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=parameter.requires_grad)
+                setattr(module, name, made.setdefault(parameter, new))
+
+
 def shard_blocks_without_embeddings(trainer: "Trainer") -> None:
     """Have FSDP2 shard the blocks that the model names, but those around the embeddings.
 

@@ -13,6 +13,7 @@ from trainer_ext.engine import (
     check_engine,
     checkpoint_with_dropout_masks,
     flattens_parameters,
+    materialise_new_weights,
     refuse_zenflow,
     saves_shards,
     shard_blocks_without_embeddings,
@@ -46,6 +47,7 @@ class CustomTrainer(ExactLossMixin, Trainer):
         check_engine(self)
         refuse_zenflow(self)
         checkpoint_with_dropout_masks(self)
+        materialise_new_weights(self)
         shard_blocks_without_embeddings(self)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
