@@ -1,6 +1,7 @@
 """Rehearse a launch: train and save, resume and export, verify; the verdict as an object, a table and a file."""
 
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -61,7 +62,7 @@ class Rehearsal:
             "checks": [asdict(check) for check in self.checks],
             "processes": self.processes,
             "runs_on": first.get("runs_on"),
-            "losses": first.get("losses", []),
+            "losses": [loss if math.isfinite(loss) else str(loss) for loss in first.get("losses", [])],
             "peak_memory_bytes": [rank["peak_memory_bytes"] for rank in self.ranks],
             "exported": self.export,
             "not_covered": self.not_covered,
