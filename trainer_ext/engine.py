@@ -213,9 +213,9 @@ def checkpoint_with_dropout_masks(trainer: "Trainer") -> None:
     accelerate's way does not keep the state of the random generator, so that blocks are computed again with other
     dropout masks, and the gradient is not that of the loss.
     """
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    plugin = _fsdp_plugin(trainer, version=2)
     enable = getattr(trainer.model, "gradient_checkpointing_enable", None)
-    if plugin is not None and plugin.fsdp_version == 2 and plugin.activation_checkpointing and enable is not None:
+    if plugin is not None and plugin.activation_checkpointing and enable is not None:
         plugin.activation_checkpointing = False
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -227,8 +227,7 @@ def materialise_new_weights(trainer: "Trainer") -> None:
     accelerate, which finds the optimizer's parameters again by their addresses, takes them all for one: these ranks
     never train their shards of the others. What is put here is overwritten by rank 0's.
     """
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is None or plugin.fsdp_version != 2:
+    if _fsdp_plugin(trainer, version=2) is None:
         return
     made: dict[nn.Parameter, nn.Parameter] = {}  # a tied one stays tied
     for module in cast(nn.Module, trainer.model).modules():
@@ -244,22 +243,21 @@ def shard_blocks_without_embeddings(trainer: "Trainer") -> None:
     `_no_split_modules` of BERT and its kin names the block of the embeddings too, and accelerate gives the input
     embedding a unit of its own: sharded twice, `fully_shard` fails. A list of the user's own is left as it is.
     """
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    plugin = _fsdp_plugin(trainer, version=2)
     named = getattr(trainer.model, "_no_split_modules", None)
-    if plugin is None or plugin.fsdp_version != 2 or plugin.transformer_cls_names_to_wrap or not named:
+    if plugin is None or plugin.transformer_cls_names_to_wrap or not named:
         return
     plugin.transformer_cls_names_to_wrap = blocks_without_embeddings(cast(nn.Module, trainer.model), set(named))
 
 
 def flattens_parameters(trainer: "Trainer") -> bool:
     """Whether the engine is FSDP1, after which a parameter's dimension can no longer be told."""
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    return plugin is not None and plugin.fsdp_version == 1
+    return _fsdp_plugin(trainer, version=1) is not None
 
 
 def saves_shards(trainer: "Trainer") -> bool:
     """Whether FSDP writes one file a rank instead of whole weights."""
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    plugin = _fsdp_plugin(trainer)
     return plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type)
 
 
@@ -272,6 +270,12 @@ def blocks_without_embeddings(model: nn.Module, names: set[str]) -> list[str]:
         if name in names:
             found[name] = found.get(name, True) and embeddings.isdisjoint(module.modules())
     return sorted(name for name, free in found.items() if free)
+
+
+def _fsdp_plugin(trainer: "Trainer", version: int | None = None) -> Any:
+    """What accelerate was told of FSDP; None without it, or where it is another version."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    return plugin if plugin is not None and version in (None, plugin.fsdp_version) else None
 
 
 def _by_inner_group(zero: Any, found: Any) -> list[list[nn.Parameter]]:
