@@ -10,8 +10,10 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, default_data_collator
+from typer.testing import CliRunner
 
 from trainer_ext import CustomTrainer, CustomTrainingArguments
+from trainer_ext.cli import app
 
 VOCABULARY = 40
 SIZES = {
@@ -92,6 +94,12 @@ def trainer(arguments):
         )
 
     return make
+
+
+@pytest.fixture
+def call():
+    """The command, in this process."""
+    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
 
 
 TRAINER_OPTIONS = (

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from tests.conftest import SIZES
 from trainer_ext.cli import app
+from trainer_ext.parity import Trajectory
 
 PAIRS = [("a b c", "a b c", 1), ("a b c", "c b a", 1), ("a b d", "a e f", 0), ("d e", "d e", 1), ("f a", "b c", 0)]
 
@@ -70,7 +71,7 @@ def test_parity_agrees_and_shows_the_stock_trainer(corpus, tmp_path):
     assert rows["stock:ga4"]["gradient_ratio"] == pytest.approx(4, rel=1e-3)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "bitwise equal in single, ga4, ragged" in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert "bitwise equal in single, ga4, ragged" in found.output.replace("\n", " ")
 
 
@@ -90,8 +91,8 @@ def test_accumulation_is_for_the_modes_that_do_not_say(corpus, tmp_path):
     found, _ = parity(corpus, tmp_path / "out", *words)
     assert found.exit_code == 0, found.output
     for mode, expected in {"single": {2}, "ga4": {4}, "ragged": {2, 1}}.items():
-        record = json.loads((tmp_path / "out" / mode / "manual" / "trajectory.json").read_text())
-        assert {step["micro_batches"] for step in record["steps"]} == expected
+        record = Trajectory.load(tmp_path / "out" / mode / "manual")
+        assert {len(step.sizes) for step in record.steps} == expected
 
 
 def test_parity_says_no(corpus, tmp_path, monkeypatch):
@@ -105,7 +106,7 @@ def test_parity_says_no(corpus, tmp_path, monkeypatch):
     assert row["verdict"] == "differs"
     assert (row["first_difference"]["step"], row["first_difference"]["quantity"]) == (1, "loss")
     assert row["first_difference"]["candidate"] == pytest.approx(2 * row["first_difference"]["reference"])
-    assert "do not agree: single differs" in (tmp_path / "out" / "report.html").read_text()
+    assert "Not the same run: single differs" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_mode_that_breaks_is_a_row(corpus, tmp_path, monkeypatch):
@@ -245,7 +246,20 @@ def test_configs_are_listed_and_found():
     assert call("configs", "zero9").exit_code == 2
 
 
-@pytest.mark.parametrize("words", [[], ["train"], ["manual"], ["parity"], ["parity", "run"], ["configs"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["train"],
+        ["manual"],
+        ["parity"],
+        ["parity", "run"],
+        ["parity", "record"],
+        ["parity", "compare"],
+        ["parity", "calibrate"],
+        ["configs"],
+    ],
+)
 def test_help_teaches(words):
     found = call(*words, "--help")
     assert found.exit_code == 0

@@ -38,6 +38,7 @@ def train_manually(loop, args, *, tokens, dtype):
     weights = None if args.class_weights is None else class_weights(args.class_weights, 2, labels=labels)
     recorder = Recorder("loop")
     recorder.begin(model)
+    recorder.watch()
     result = loop.train(
         model,
         data,
@@ -47,9 +48,11 @@ def train_manually(loop, args, *, tokens, dtype):
         metric=AccuracyAndF1(),
         class_weights=weights,
         on_step=recorder.step,
+        on_evaluate=recorder.evaluation,
         progress=False,
     )
-    return recorder.end(model, result.optimizer, result.evaluations)
+    recorder.end(result.optimizer)
+    return recorder.trajectory()
 
 
 @pytest.mark.parametrize("loop", [manual_loop, accelerate_loop], ids=["manual", "accelerate"])

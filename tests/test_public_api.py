@@ -19,6 +19,8 @@ LAW = {  # who may not import what
     "manual_loop.py": {"transformers", "accelerate"},
     "loop_settings.py": {"transformers", "accelerate"},
     "parity/comparison.py": {"transformers", "accelerate"},
+    "parity/differences.py": {"transformers", "accelerate"},
+    "parity/signs": {"transformers", "accelerate"},
     "parity/trajectory.py": {"transformers", "accelerate"},
     "configs": HEAVY,
     "cli.py": HEAVY,

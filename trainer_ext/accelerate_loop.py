@@ -39,6 +39,7 @@ def train(
     metric: Any = None,
     class_weights: Tensor | None = None,
     on_step: Callable[..., None] | None = None,
+    on_evaluate: Callable[[dict[str, float]], None] | None = None,
     progress: bool = True,
 ) -> LoopResult:
     """Train `model` in place, on as many processes as the launcher started; arguments as `manual_loop.train`.
@@ -90,6 +91,8 @@ def train(
         if eval_dataset is not None and (done or settings.evaluate_each_epoch):
             loader = accelerator.prepare(DataLoader(eval_dataset, settings.eval_batch_size, collate_fn=collate))
             result.evaluations.append(evaluate(accelerator, model, loader, settings, metric, class_weights))
+            if on_evaluate is not None:
+                on_evaluate(result.evaluations[-1])
         if done:
             bar.close()
             return result

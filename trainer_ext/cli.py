@@ -171,7 +171,13 @@ def parity_run(
             "rounding instead of bits.",
         ),
     ] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help="[cyan]float32[/] or [cyan]float64[/].")] = "float32",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="[cyan]float32[/], [cyan]float64[/], or both with a comma.")
+    ] = "float32",
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", help="Hold numbers to the noise that `parity calibrate` wrote there."),
+    ] = None,
     dataset: Dataset = None,
     model: Model = None,
     output_dir: OutputDir = Path("parity_output"),
@@ -185,34 +191,90 @@ def parity_run(
 ) -> None:
     """Train the same thing by the manual loop and by CustomTrainer in every mode, and name the first difference."""
     with users_mistakes():
-        argv = _argv(ctx, without=("modes", "processes", "include_stock", "whole_batch", "dtype"))
-        import torch
-        from transformers.utils.logging import disable_progress_bar
+        argv = _argv(ctx, without=("modes", "processes", "include_stock", "whole_batch", "dtype", "calibration"))
+        from trainer_ext.parity import runs
 
-        from trainer_ext.parity import report
-        from trainer_ext.parity.matrix import Matrix
-        from trainer_ext.parity.modes import find_mode
-        from trainer_ext.task import TaskParser, prepare_task
-
-        if dtype not in ("float32", "float64"):
-            raise ValueError(f"--dtype {dtype}: choose float32 or float64.")
-        task_arguments, args = TaskParser(prog="trainer-ext parity run").parse(argv)
-        names = list(dict.fromkeys(name.strip() for name in modes.split(",") if name.strip()))
-        if not names:
-            raise ValueError("--modes names no mode.")
-        if args.gradient_accumulation_steps > 1 and all(name.startswith("ga") for name in names):
-            raise ValueError(f"--accumulation would be ignored: {', '.join(names)} name their own.")
-        chosen = [find_mode(name, args.gradient_accumulation_steps, processes) for name in names]
-        matrix = Matrix(prepare_task(task_arguments), args, output_dir, getattr(torch, dtype), whole_batch, argv=argv)
-        for mode in chosen:
-            matrix.check(mode)
-        matrix.task.new_model(args.seed)  # a model that cannot be used is a mistake, not a mode that failed
+        asked = runs.Asked(modes, processes, include_stock, whole_batch, dtype, calibration)
+        plan = runs.plan(asked, argv, output_dir)
         _make_folder(output_dir)
-    disable_progress_bar()  # of loading weights, one bar a model
-    rows = [row for mode in chosen for row in matrix.run(mode, stock=include_stock)]
-    report.write(rows, matrix, output_dir, command=["trainer-ext", *sys.argv[1:]])
-    report.show(rows, matrix, output_dir)
-    if any(row.verdict != "equal" for row in rows if row.counts):
+    if not runs.run(plan, output_dir, command=["trainer-ext", *sys.argv[1:]]):
+        raise typer.Exit(1)
+
+
+@parity_app.command("calibrate", context_settings=PASS_ON, epilog=OTHERS)
+def parity_calibrate(
+    ctx: typer.Context,
+    dtype: Annotated[str, typer.Option("--dtype", help="[cyan]float32[/] or [cyan]float64[/].")] = "float32",
+    dataset: Dataset = None,
+    model: Model = None,
+    output_dir: OutputDir = Path("parity_output"),
+    epochs: Epochs = None,
+    max_steps: MaxSteps = None,
+    batch_size: GlobalBatch = 16,
+    learning_rate: LearningRate = None,
+    class_weights: ClassWeights = None,
+    seed: Seed = None,
+) -> None:
+    """Measure the noise: rerun the manual loop with other threads, kernels and orders of summation.
+
+    Writes calibration.json, which [cyan]parity run --calibration[/] takes.
+    """
+    with users_mistakes():
+        argv = _argv(ctx, without=("dtype",))
+        from trainer_ext.parity import runs
+
+        plan = runs.plan(runs.Asked("single", whole_batch=True, dtype=dtype), argv, output_dir)
+        _make_folder(output_dir)
+    runs.calibrate(plan, output_dir)
+
+
+@parity_app.command("record", context_settings=PASS_ON)
+def parity_record(
+    ctx: typer.Context,
+    output_dir: Annotated[
+        Path, typer.Option("--output", "--output-dir", "--output_dir", help="The record's folder, new or a record.")
+    ],
+) -> None:
+    """Record a script's training without editing it: a Trainer of any kind, or a loop over accelerate.
+
+    Put the command behind [cyan]--[/], as you would type it:
+
+    [cyan]trainer-ext parity record --output runs/a -- torchrun --nproc_per_node 2 script.py --learning_rate 1e-4[/]
+
+    The exit code is the script's own.
+    """
+    with users_mistakes():
+        from trainer_ext.parity import runs
+
+        code = runs.record(ctx.args, output_dir)
+    raise typer.Exit(code)
+
+
+@parity_app.command("compare")
+def parity_compare(
+    a: Annotated[Path, typer.Argument(help="The reference's record.")],
+    b: Annotated[Path, typer.Argument(help="The candidate's.")],
+    tolerance: Annotated[
+        str,
+        typer.Option(
+            "--tolerance",
+            help="[cyan]bitwise[/], a number (relative), or a calibration.json.",
+            show_default="that of the weights' dtype",
+        ),
+    ] = "",
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output-dir", "--output_dir", help="Write report.html, report.md and parity.json here."),
+    ] = None,
+) -> None:
+    """Compare two records, and name the first difference and its likely cause. Exit code 1 where they differ."""
+    with users_mistakes():
+        from trainer_ext.parity import runs
+
+        if output_dir is not None:
+            _make_folder(output_dir)
+        equal = runs.compare_records(a, b, tolerance, output_dir, command=["trainer-ext", *sys.argv[1:]])
+    if not equal:
         raise typer.Exit(1)
 
 

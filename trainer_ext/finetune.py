@@ -69,9 +69,10 @@ def run_manual_loop(
     model: nn.Module,
     *,
     on_step: Callable[..., None] | None = None,
+    on_evaluate: Callable[[dict[str, float]], None] | None = None,
     progress: bool = True,
 ) -> manual_loop.LoopResult:
-    """Train `model` on `task` by the manual loop; `on_step` as `manual_loop.train` takes it."""
+    """Train `model` on `task` by the manual loop; `on_step` and `on_evaluate` as `manual_loop.train` takes them."""
     return manual_loop.train(
         model,
         task.train,
@@ -81,6 +82,7 @@ def run_manual_loop(
         metric=AccuracyAndF1(len(task.label_names)),
         class_weights=task.class_weights(getattr(args, "class_weights", None)),
         on_step=on_step,
+        on_evaluate=on_evaluate,
         progress=progress,
     )
 

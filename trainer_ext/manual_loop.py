@@ -45,6 +45,7 @@ def train(
     metric: Any = None,
     class_weights: Tensor | None = None,
     on_step: Callable[..., None] | None = None,
+    on_evaluate: Callable[[dict[str, float]], None] | None = None,
     progress: bool = True,
 ) -> LoopResult:
     """Train `model` in place.
@@ -59,6 +60,7 @@ def train(
         class_weights: Shape (C,), float64, or None for 1 each.
         on_step: Called after every optimizer step with keywords `window`, `denominator`, `loss`, `grad_norm`,
             `learning_rates` (those the step was taken with).
+        on_evaluate: Called with what each evaluation found.
         progress: Whether to show a progress bar.
     """
     torch.manual_seed(settings.seed)
@@ -94,6 +96,8 @@ def train(
         done = result.steps == total_steps
         if eval_dataset is not None and (done or settings.evaluate_each_epoch):
             result.evaluations.append(evaluate(model, eval_dataset, collate, settings, metric, class_weights))
+            if on_evaluate is not None:
+                on_evaluate(result.evaluations[-1])
         if done:
             bar.close()
             return result

@@ -6,20 +6,27 @@ import math
 import pytest
 import torch
 
-from trainer_ext.parity import Recorder, Tolerance, Trajectory, compare
-from trainer_ext.parity.trajectory import Step, digests, fingerprint, row_digests
+from trainer_ext.parity import Evaluation, Step, Tolerance, Trajectory, assert_parity, compare
+from trainer_ext.parity.digests import digests
+from trainer_ext.parity.tolerance import BITWISE, ROUNDING, rounding_of
 
 
 def trajectory(**changes):
-    steps = [Step(i, f"batch{i}", 2, 16.0, 0.5 / i, 1.0 / i, [1e-3, 1e-3]) for i in (1, 2, 3)]
+    steps = [
+        Step(i, f"{i:08x}", "0000000a", [8, 8], "rng", 16.0, 0.5 / i, 1.0 / i, [0.6 / i, 0.8 / i], [1e-3, 1e-3])
+        for i in (1, 2, 3)
+    ]
     tensors = {"a": torch.arange(4.0), "b": torch.ones(2, 2)}
     made = Trajectory(
         path="test",
+        parameters={"a": ["float32", [4]], "b": ["float32", [2, 2]]},
+        groups=[["b"], ["a"]],
         initial_weights={"a": "1", "b": "2"},
         optimizer={"class": "AdamW", "0.betas": [0.9, 0.999]},
         weight_decay={"a": 0.0, "b": 0.1},
         steps=steps,
-        evaluations=[{"loss": 0.5, "accuracy": 0.75}],
+        evaluations=[Evaluation(2, {"loss": 0.5, "accuracy": 0.75})],
+        weights={2: {"a": "3", "b": "4"}},
         final_weights=digests(tensors),
         optimizer_state={"a.exp_avg": "x"},
         tensors=tensors,
@@ -45,21 +52,27 @@ def test_a_run_equals_itself():
         (trajectory(initial_weights={"a": "1"}), 0, "initial_weights[b]"),
         (trajectory(optimizer={"class": "SGD"}), 0, "optimizer[class]"),
         (trajectory(weight_decay={"a": 0.1, "b": 0.1}), 0, "weight_decay[a]"),
-        (with_step(2, batch="other", loss=9.0), 2, "batch"),
-        (with_step(1, micro_batches=1), 1, "micro_batches"),
+        (with_step(2, rows="0000000f", labels="0000000f", loss=9.0), 2, "batch"),
+        (with_step(2, labels="0000000f", loss=9.0), 2, "labels"),
+        (with_step(1, sizes=[16]), 1, "micro_batches"),
+        (with_step(2, rng="other", loss=9.0), 2, "rng"),
         (with_step(3, denominator=15.0, loss=9.0), 3, "denominator"),
         (with_step(3, denominator=math.nan), 3, "denominator"),
         (with_step(2, loss=math.nextafter(0.25, 1)), 2, "loss"),
         (with_step(2, loss=math.nan), 2, "loss"),
         (with_step(2, loss=math.inf), 2, "loss"),
         (with_step(1, grad_norm=1.0001), 1, "grad_norm"),
+        (with_step(1, group_norms=[0.3, 0.4]), 1, "clipped_grad_norm"),
+        (with_step(1, group_norms=[0.8, 0.6]), 1, "grad_norm of group 0"),
+        (with_step(1, group_norms=[math.nan, 0.8]), 1, "clipped_grad_norm"),
+        (trajectory(weights={2: {"a": "3", "b": "5"}}), 2, "weights[b]"),
         (with_step(1, learning_rates=[1e-3, 1.01e-3]), 1, "learning_rate"),
         (with_step(1, learning_rates=[1e-3]), 1, "learning_rate"),
         (trajectory(steps=trajectory().steps[:2]), 3, "steps"),
         (trajectory(optimizer_state={"a.exp_avg": "y"}), 3, "optimizer_state[a.exp_avg]"),
         (trajectory(optimizer_state={}), 3, "optimizer_state[a.exp_avg]"),
-        (trajectory(evaluations=[{"loss": 0.5, "accuracy": 0.74}]), 3, "evaluation 1: accuracy"),
-        (trajectory(evaluations=[{"loss": 0.5}]), 3, "evaluation 1: accuracy"),
+        (trajectory(evaluations=[Evaluation(2, {"loss": 0.5, "accuracy": 0.74})]), 2, "evaluation 1: accuracy"),
+        (trajectory(evaluations=[Evaluation(2, {"loss": 0.5})]), 2, "evaluation 1: accuracy"),
         (trajectory(evaluations=[]), 3, "evaluations"),
     ],
 )
@@ -110,54 +123,56 @@ def test_a_tolerance_is_relative():
     assert not compare(trajectory(), close, Tolerance("t", relative=1e-5, weights=0.0)).equal
 
 
-def fingerprint_of(window):
-    return fingerprint(row_digests(batch) for batch in window)
+def test_random_numbers_that_nobody_drew_are_no_difference():
+    other = [dataclasses.replace(step, rng="other") for step in trajectory().steps]
+    assert compare(trajectory(), trajectory(steps=other)).equal
 
 
-def test_a_fingerprint_does_not_see_padding_or_splits_and_sees_all_else():
-    def batch(rows, length):
-        ids = torch.zeros(len(rows), length, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(len(rows))}
-
-    one = batch([[5, 6], [7, 8, 9]], 3)
-    padded = batch([[5, 6], [7, 8, 9]], 6)
-    assert fingerprint_of([one]) == fingerprint_of([padded])
-    halves = [{name: value[i : i + 1] for name, value in one.items()} for i in range(2)]
-    assert fingerprint_of(halves) == fingerprint_of([one])
-    assert fingerprint_of(halves[::-1]) != fingerprint_of([one])
-    assert fingerprint_of([batch([[5, 6], [7, 8, 4]], 3)]) != fingerprint_of([one])
-    assert fingerprint_of([{**one, "labels": torch.tensor([1, 1])}]) != fingerprint_of([one])
-    assert fingerprint_of(halves[:1]) != fingerprint_of([one])
-
-    def tokens(*labels):
-        return {**batch([[5, 6, 7]], 4), "labels": torch.tensor([labels])}
-
-    assert fingerprint_of([tokens(1, 1, 1, -100)]) != fingerprint_of([tokens(1, 1, 1, 1)])
+def test_rates_are_compared_by_parameter_where_groups_differ():
+    regrouped = trajectory(
+        groups=[["a", "b"]],
+        steps=[dataclasses.replace(s, learning_rates=[1e-3], group_norms=[1.0 / s.step]) for s in trajectory().steps],
+    )
+    assert compare(trajectory(), regrouped).equal
+    slower = dataclasses.replace(regrouped, groups=[["b"]])
+    first = compare(trajectory(), slower).first_difference
+    assert (first.step, first.quantity, first.candidate) == (1, "learning_rate[a]", "absent")
 
 
-def test_a_trajectory_survives_the_disk(tmp_path):
-    made = trajectory()
-    made.save(tmp_path / "run")
-    read = Trajectory.load(tmp_path / "run")
-    assert compare(made, read).equal
-    assert read.steps == made.steps
-    assert read.tensors.keys() == made.tensors.keys()
+def test_an_unfinished_run_is_compared_as_far_as_it_went():
+    killed = trajectory(steps=trajectory().steps[:2], final_weights={}, tensors={}, finished=False)
+    first = compare(trajectory(), killed).first_difference
+    assert (first.step, first.quantity, first.reference, first.candidate) == (3, "steps", 3, 2)
 
 
-def test_another_schema_is_refused(tmp_path):
-    trajectory().save(tmp_path)
-    record = (tmp_path / "trajectory.json").read_text().replace('"schema": 2', '"schema": 99')
-    (tmp_path / "trajectory.json").write_text(record)
-    with pytest.raises(ValueError, match="schema 99"):
-        Trajectory.load(tmp_path)
+def test_what_a_path_cannot_tell_is_no_difference():
+    loop = trajectory(header={"unseen": ["evaluations"]}, evaluations=[])
+    assert compare(trajectory(), loop).equal
+    assert not compare(trajectory(), trajectory(evaluations=[])).equal
 
 
-def test_digests_see_a_bit_a_shape_and_a_dtype():
-    one = torch.tensor([1.0, 2.0])
-    others = [torch.tensor([1.0, math.nextafter(2.0, 3.0)], dtype=torch.float64), one.double(), one[None], one + 1]
-    found = {digests({"x": tensor})["x"] for tensor in [one, *others]}
-    assert len(found) == 5
-    assert Recorder("x").trajectory.steps == []
+def test_assert_parity(tmp_path):
+    assert_parity(trajectory(), trajectory(), tolerance=0)
+    close = with_step(2, loss=0.25 * (1 + 5e-5))
+    assert_parity(trajectory(), close)
+    with pytest.raises(
+        AssertionError, match=r"First difference at step 2, loss: reference 0.25, .*\n.*weights were changed"
+    ):
+        assert_parity(trajectory(), close, tolerance=1e-6)
+    with pytest.raises(AssertionError, match="step 2, loss"):
+        assert_parity(trajectory(), close, tolerance=0)
+    with pytest.raises(AssertionError, match="nan"):
+        assert_parity(trajectory(), with_step(2, loss=math.nan), tolerance=Tolerance("any", 1e9, 1e9))
+    with pytest.raises(ValueError, match="no trajectory.jsonl"):
+        assert_parity(trajectory(), tmp_path)
+
+
+def test_the_coarser_dtype_sets_the_tolerance():
+    def of(dtype):
+        return trajectory(parameters={"a": [dtype, [4]]})
+
+    assert rounding_of(of("float64"), of("float64")) == ROUNDING["float64"]
+    assert rounding_of(of("float64"), of("float32")) == ROUNDING["float32"]
+    assert rounding_of(of("bfloat16"), of("float32")) == ROUNDING["bfloat16"]
+    assert rounding_of(of("float32"), of("float32"), 0.0) == BITWISE
+    assert rounding_of(of("float32"), of("float32"), 0.5).relative == 0.5

@@ -161,6 +161,7 @@ def test_a_folder_with_a_run_is_refused(tmp_path):
         (["--steps", "1"], ["torchrun", "s.py"], "--steps"),
         ([], ["deepspeed", "s.py", "--deepspeed", "nowhere.json"], "DeepSpeed config nowhere.json"),
         ([], ["torchrun"], "are required: training_script"),
+        ([], ["accelerate", "launch", "--cpu", "s.py"], "--cpu has `accelerate launch` drop DeepSpeed and FSDP"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(options, words, says):

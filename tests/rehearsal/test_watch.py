@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from tests.conftest import tiny_model
-from trainer_ext.parity.trajectory import digests
+from trainer_ext.parity.digests import digests
 from trainer_ext.rehearsal import on_cpu
 from trainer_ext.rehearsal.exported import compare_export, exported_earlier, file_digest
 from trainer_ext.rehearsal.watch import cap, claim, local_sums

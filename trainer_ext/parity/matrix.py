@@ -1,32 +1,29 @@
 """Train every mode by the reference and by a `Trainer`, and hold the two against each other."""
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from trainer_ext.finetune import build_trainer, run_manual_loop
 from trainer_ext.loop_settings import loop_settings
 from trainer_ext.parity.candidate import launch_candidate
-from trainer_ext.parity.comparison import BITWISE, Comparison, Tolerance, compare
+from trainer_ext.parity.causes import Diagnosis, diagnose
+from trainer_ext.parity.comparison import Comparison, compare
+from trainer_ext.parity.environment import about_dataset
 from trainer_ext.parity.modes import Mode
+from trainer_ext.parity.recorder import Recorder
 from trainer_ext.parity.recording import TrainerRecorder
-from trainer_ext.parity.trajectory import Recorder, Trajectory
+from trainer_ext.parity.tolerance import BITWISE, ROUNDING, Tolerance
+from trainer_ext.parity.trajectory import Trajectory
 from trainer_ext.task import Task
 from trainer_ext.trainer import CustomTrainer
-
-# Where only the order of summation differs. AdamW can move a weight whose gradient is mathematically 0 by a share of
-# the learning rate on the sign of a rounding error; hence the wide share for weights.
-ROUNDING = {
-    torch.float32: Tolerance("fp32", relative=1e-4, weights=0.1),
-    torch.float64: Tolerance("float64", relative=1e-12, weights=1e-6),
-}
 
 
 @dataclass(frozen=True)
@@ -35,15 +32,23 @@ class Row:
 
     Attributes:
         mode: The mode's name; `stock:NAME` for the stock `Trainer`.
-        error: Why there is no comparison, or None.
+        dtype: Of the weights.
         dropout: Whether dropout was on.
+        error: Why there is no comparison, or None.
+        log: The end of the failed processes' logs.
+        folders: The records, of the reference and of the candidate.
+        diagnosis: The likely cause of the first difference.
     """
 
     mode: str
+    dtype: str
     tolerance: Tolerance
     dropout: bool
     error: str | None = None
+    log: str = ""
+    folders: tuple[Path, Path] | None = None
     comparison: Comparison | None = None
+    diagnosis: Diagnosis | None = None
     reference: Trajectory | None = None
     candidate: Trajectory | None = None
 
@@ -70,9 +75,10 @@ class Matrix:
         dtype: Of the weights.
         whole_batch: Whether the reference takes each global batch as one micro-batch. Dropout masks cannot match
             then, so dropout is 0, and numbers are held to rounding instead of bits.
-        progress: Whether to show progress bars.
         argv: The words that `task` and `args` were parsed from; a mode of several processes is launched with them.
-        references: The reference's runs, by split, since several modes are held against one.
+        rounding: What numbers are held to where only the order of summation differs; by default that of the dtype.
+        on_step: Called with each step that a run has taken, for progress.
+        references: The reference's runs and records, by split, since several modes are held against one.
     """
 
     task: Task
@@ -80,9 +86,10 @@ class Matrix:
     folder: Path
     dtype: torch.dtype = torch.float32
     whole_batch: bool = False
-    progress: bool = True
     argv: list[str] | None = None
-    references: dict[tuple[Any, ...], Trajectory] = field(default_factory=dict, repr=False)
+    rounding: Tolerance | None = None
+    on_step: Callable[[], None] = lambda: None
+    references: dict[tuple[Any, ...], tuple[Path, Trajectory]] = field(default_factory=dict, repr=False)
 
     def check(self, mode: Mode) -> None:
         """Raise the user's mistakes before anything is trained.
@@ -103,49 +110,80 @@ class Matrix:
                 "masters. DDP and FSDP2 can."
             )
 
+    def runs(self, mode: Mode, *, stock: bool = False) -> list[tuple[str, int]]:
+        """The runs that `run` will make, with the optimizer steps of each; references of other modes are among them."""
+        task = self._task(mode)
+        steps = loop_settings(self._arguments(mode)).total_steps(len(task.train))
+        names = ["manual loop", "CustomTrainer", *(["stock Trainer"] if stock else [])]
+        return [(f"{mode.name}: {name}", steps) for name in names]
+
     def run(self, mode: Mode, *, stock: bool = False) -> Iterator[Row]:
         """Train the reference, `CustomTrainer` and, where asked for, the stock `Trainer`; one row each."""
         task = self._task(mode)
         whole_batch = self.whole_batch or mode.ranks > 1
         reference_mode = replace(mode, accumulation=1, ranks=1, config=None) if whole_batch else mode
-        rounding = ROUNDING[self.dtype]
+        dtype = str(self.dtype).removeprefix("torch.")
+        rounding = self.rounding or ROUNDING[dtype]
         candidates = {mode.name: BITWISE if not whole_batch else rounding}
         candidates |= {f"stock:{mode.name}": rounding} if stock else {}
         for name, tolerance in candidates.items():
-            row = Row(name, tolerance, dropout=not whole_batch)
+            row = Row(name, dtype, tolerance, dropout=not whole_batch)
+            folder = self.folder / mode.name / ("CustomTrainer" if name == mode.name else "stock")
             try:
-                reference = self._reference(reference_mode, task, dropout=not whole_batch)
-                candidate = self._candidate(mode, task, stock=name != mode.name)
+                home, reference = self._reference(reference_mode, task, dropout=not whole_batch)
+                candidate = self._candidate(mode, task, folder, stock=name != mode.name)
             except Exception as error:
-                yield replace(row, error=f"{type(error).__name__}: {error}")
+                yield replace(row, error=f"{type(error).__name__}: {error}", log=tail(folder))
                 continue
             same_split = reference_mode.accumulation == mode.accumulation and mode.ranks == 1
             comparison = compare(reference, candidate, tolerance, same_split=same_split)
-            yield replace(row, comparison=comparison, reference=reference, candidate=candidate)
+            first = comparison.first_difference
+            yield replace(
+                row,
+                comparison=comparison,
+                diagnosis=diagnose(reference, candidate, first) if first else None,
+                folders=(home, folder),
+                reference=reference,
+                candidate=candidate,
+            )
 
-    def _reference(self, mode: Mode, task: Task, *, dropout: bool) -> Trajectory:
+    def _reference(self, mode: Mode, task: Task, *, dropout: bool) -> tuple[Path, Trajectory]:
         key = (mode.accumulation, mode.ragged, dropout, len(task.train))
         if key not in self.references:
-            model = self._model(task, dropout)
-            recorder = Recorder("manual loop")
-            recorder.begin(model)
-            result = run_manual_loop(task, self._arguments(mode), model, on_step=recorder.step, progress=self.progress)
-            self.references[key] = recorder.end(model, result.optimizer, result.evaluations)
-        self.references[key].save(self.folder / mode.name / "manual")
+            folder = self.folder / mode.name / "manual"
+            self.references[key] = folder, self.reference_run(mode, task, dropout=dropout, folder=folder)
         return self.references[key]
 
-    def _candidate(self, mode: Mode, task: Task, *, stock: bool) -> Trajectory:
-        folder = self.folder / mode.name / ("stock" if stock else "CustomTrainer")
+    def reference_run(
+        self, mode: Mode, task: Task, *, dropout: bool, folder: Path | None = None, **changes: Any
+    ) -> Trajectory:
+        """One run of the manual loop, recorded; `changes` are of the training arguments."""
+        args = replace(self._arguments(mode), **changes)
+        model = self._model(task, dropout)
+        about = {"seeds": {"seed": args.seed, "data_seed": None}, "arguments": json.loads(args.to_json_string())}
+        data = {"train": about_dataset(task.train), "evaluation": about_dataset(task.validation)}
+        recorder = Recorder("manual loop", folder, {**about, "dataset": data})
+        recorder.begin(model)
+        recorder.watch()
+
+        def on_step(**step: Any) -> None:
+            recorder.step(**step)
+            self.on_step()
+
+        result = run_manual_loop(task, args, model, on_step=on_step, on_evaluate=recorder.evaluation, progress=False)
+        recorder.end(result.optimizer)
+        return recorder.trajectory()
+
+    def _candidate(self, mode: Mode, task: Task, folder: Path, *, stock: bool) -> Trajectory:
         if mode.ranks > 1:
             words = [*(self.argv or []), *self._words(mode)]
-            launch_candidate(mode, words, folder, stock=stock, dtype=self.dtype, progress=self.progress)
+            launch_candidate(mode, words, folder, stock=stock, dtype=self.dtype, on_step=self.on_step)
             return Trajectory.load(folder)
         trainer_class = stock_trainer(self._class_weights(task)) if stock else CustomTrainer
         model = self._model(task, dropout=not self.whole_batch)
         trainer = build_trainer(task, self._arguments(mode), model=model, trainer_class=trainer_class)
-        trajectory = record(trainer, f"{mode.name}: {trainer_class.__name__}" if self.progress else None)
-        trajectory.save(folder)
-        return trajectory
+        trainer.add_callback(OnStep(self.on_step))
+        return record(trainer, folder)
 
     def _words(self, mode: Mode) -> list[str]:
         """What a mode changes in the arguments, as words behind those of the command."""
@@ -178,30 +216,28 @@ class Matrix:
         }
 
 
-def record(trainer: Trainer, label: str | None = None) -> Trajectory:
-    """Train, and return what happened; `label` names a progress bar."""
+def record(trainer: Trainer, folder: Path) -> Trajectory:
+    """Train in silence, and return what happened."""
     trainer.remove_callback(PrinterCallback)
-    if label is not None:
-        trainer.add_callback(StepBar(label))
-    recorder = TrainerRecorder(trainer)
+    recorder = TrainerRecorder(trainer, folder)
     trainer.train()
     return recorder.finish()
 
 
-class StepBar(TrainerCallback):
-    """One progress bar over the optimizer steps, and nothing else."""
+def tail(folder: Path, lines: int = 15) -> str:
+    """The last lines of each process's log in a candidate's folder."""
+    logs = {path.name: path.read_text(errors="replace").strip().splitlines() for path in sorted(folder.glob("*.log"))}
+    return "\n".join(f"{name}: {line}" for name, said in logs.items() for line in said[-lines:])
 
-    def __init__(self, label: str) -> None:
-        self.label = label
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, desc=self.label)
+class OnStep(TrainerCallback):
+    """Says that a step was taken, and nothing else."""
+
+    def __init__(self, said: Callable[[], None]) -> None:
+        self.said = said
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
+        self.said()
 
 
 def stock_trainer(class_weights: Tensor | None) -> type[Trainer]:
@@ -235,17 +271,23 @@ def _row_as_json(row: Row) -> dict[str, Any]:
     return _finite(
         {
             "mode": row.mode,
+            "dtype": row.dtype,
             "verdict": row.verdict,
             "error": row.error,
+            "log": row.log,
             "steps": len(row.candidate.steps) if row.candidate else 0,
             "first_difference": asdict(difference) if difference else None,
+            "diagnosis": asdict(row.diagnosis) if row.diagnosis else None,
+            "records": [str(folder) for folder in row.folders] if row.folders else None,
             "max_abs_loss_difference": found.max_abs_loss_difference if found else None,
             "max_abs_weight_difference": found.max_abs_weight_difference if found else None,
             "loss_ratio": found.loss_ratio if found else None,
             "gradient_ratio": found.gradient_ratio if found else None,
             "tolerance": asdict(row.tolerance),
             "dropout": row.dropout,
-            "evaluation": row.candidate.evaluations[-1] if row.candidate and row.candidate.evaluations else None,
+            "evaluation": row.candidate.evaluations[-1].metrics
+            if row.candidate and row.candidate.evaluations
+            else None,
             "noise": {
                 "loss": found.max_relative_loss_difference if found else None,
                 "grad_norm": found.max_relative_gradient_difference if found else None,
@@ -260,4 +302,4 @@ def _finite(value: Any) -> Any:
         return str(value)
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,149 +1,145 @@
-"""The verdict for people: a table in the terminal, `parity.json` for programs, `report.html` to look at."""
+"""The verdict for people: a table in the terminal, `report.html` and `report.md` to look at, `parity.json` for programs."""
 
-import io
 import json
-import os
-import platform
+import math
 import shlex
 from collections import Counter
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+from datasets import Dataset
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from trainer_ext.parity.matrix import Matrix, Row, as_json
+from trainer_ext.parity.curves import QUANTITIES, Line, figure
+from trainer_ext.parity.differences import where
+from trainer_ext.parity.environment import environment
+from trainer_ext.parity.matrix import Row, as_json
+from trainer_ext.parity.trajectory import Step, Trajectory
 
 COLUMNS = ("mode", "verdict", "steps", "loss ratio", "gradient ratio", "max Δloss", "max Δweight", "held to")
-CURVES = (("loss", "Loss of each step"), ("grad_norm", "Gradient norm before clipping"))
 
 
-def write(rows: list[Row], matrix: Matrix, folder: Path, *, command: list[str]) -> None:
-    """Write `parity.json` and `report.html` into `folder`."""
-    document = {**as_json(rows), "environment": environment(), "command": shlex.join(command)}
+def write(rows: list[Row], folder: Path, *, command: list[str], about: str = "") -> None:
+    """Write `parity.json`, `report.html` and `report.md` into `folder`; `about` is a sentence below the verdict."""
+    document = {
+        "verdict": verdict(rows),
+        **as_json(rows),
+        "environment": environment(),
+        "command": shlex.join(command),
+    }
     (folder / "parity.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
-    templates = Environment(loader=PackageLoader("trainer_ext.parity"), autoescape=True, undefined=StrictUndefined)
-    page = templates.get_template("report.html").render(
-        verdict=verdict(rows),
-        agreed=all(row.verdict == "equal" for row in rows if row.counts),
-        quality=quality(rows, matrix),
-        columns=COLUMNS,
-        rows=[(row, cells(row), difference(row)) for row in rows],
-        curves=[(title, Markup(curve(rows, quantity, title))) for quantity, title in CURVES],
-        document=document,
-    )
-    (folder / "report.html").write_text(page)
+    loader = PackageLoader("trainer_ext.parity")
+    for name in ("report.html", "report.md"):
+        html = name.endswith("html")
+        templates = Environment(loader=loader, autoescape=html, undefined=StrictUndefined, trim_blocks=True)
+        page = templates.get_template(name).render(
+            verdict=verdict(rows),
+            agreed=all(row.verdict == "equal" for row in rows if row.counts),
+            about=about,
+            columns=COLUMNS,
+            rows=[(row, cells(row, rows)) for row in rows],
+            where=where,
+            label=lambda row: label(row, rows),
+            curves=[figure(quantity, lines(rows, quantity)) for quantity in QUANTITIES] if html else [],
+            commands=[shlex.join(command), *(again(row) for row in rows if row.folders)],
+            document=document,
+        )
+        (folder / name).write_text(page)
 
 
-def show(rows: list[Row], matrix: Matrix, folder: Path, console: Console | None = None) -> None:
-    """Print the table, the differences and the verdict."""
+def show(rows: list[Row], folder: Path | None, *, about: str = "", console: Console | None = None) -> None:
+    """Print the table, the first differences with their causes, and the verdict."""
     console = console or Console()
-    table = Table(
-        title="CustomTrainer and the stock Trainer, held against the manual loop",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = Table(title="Held against the reference", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for place, column in enumerate(COLUMNS):
         table.add_column(column, no_wrap=place in (0, 1, 7))
     for row in rows:
         style = {"equal": "green", "differs": "red" if row.counts else "yellow", "failed": "red"}[row.verdict]
-        table.add_row(*cells(row), style=style)
+        table.add_row(*cells(row, rows), style=style)
     console.print(table)
     for row in rows:
-        if text := difference(row):
-            console.print(f"{row.mode}: {text}", markup=False, highlight=False)
-    console.print(quality(rows, matrix), markup=False)
+        if text := explained(row):
+            console.print(f"{label(row, rows)}: {text}\n", markup=False, highlight=False)
+    if about:
+        console.print(about, markup=False)
     console.print(verdict(rows), style="bold", markup=False)
-    console.print(f"Report: {folder / 'report.html'}", markup=False)
+    if folder is not None:
+        console.print(f"Report: {folder / 'report.html'}", markup=False)
 
 
 def verdict(rows: list[Row]) -> str:
     """One sentence for the whole matrix."""
     judged = [row for row in rows if row.counts]
-    wrong = [f"{row.mode} {row.verdict}" for row in judged if row.verdict != "equal"]
+    wrong = [f"{label(row, rows)} {row.verdict}" for row in judged if row.verdict != "equal"]
     if wrong:
-        return f"CustomTrainer and the manual loop do not agree: {', '.join(wrong)}."
+        return f"Not the same run: {', '.join(wrong)}."
     exact = all(row.tolerance.bitwise for row in judged)
-    how = "bitwise equal" if exact else f"equal within {judged[0].tolerance.name} rounding"
-    dropout = "on" if judged[0].dropout else "off"
-    return (
-        f"CustomTrainer and the manual loop are {how} in {', '.join(row.mode for row in judged)} (dropout {dropout})."
-    )
+    held = ", ".join(dict.fromkeys(row.tolerance.name for row in judged if not row.tolerance.bitwise))
+    how = "bitwise equal" if exact else f"equal within {held} rounding"
+    dropout = "on" if all(row.dropout for row in judged) else "off where the split differs"
+    paths = " and ".join(dict.fromkeys(path.path for row in judged for path in (row.reference, row.candidate) if path))
+    return f"{paths} are {how} in {', '.join(dict.fromkeys(row.mode for row in judged))} (dropout {dropout})."
 
 
-def quality(rows: list[Row], matrix: Matrix) -> str:
+def label(row: Row, rows: list[Row]) -> str:
+    """The row's mode; with its dtype where the matrix was run in several."""
+    return row.mode if len({other.dtype for other in rows}) == 1 else f"{row.mode} {row.dtype}"
+
+
+def quality(rows: list[Row], validation: Dataset | None) -> str:
     """The last evaluation of the first mode beside what always answering the commonest class would get."""
     evaluated = next((row.candidate for row in rows if row.candidate and row.candidate.evaluations), None)
-    if evaluated is None or matrix.task.validation is None:
+    if evaluated is None or validation is None:
         return "No validation split: nothing was evaluated."
-    labels = Counter(matrix.task.validation["labels"])
+    labels = Counter(validation["labels"])
     majority = max(labels.values()) / labels.total()
-    metrics = ", ".join(f"{name} {value:.4f}" for name, value in evaluated.evaluations[-1].items())
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in evaluated.evaluations[-1].metrics.items())
     return f"Validation: {metrics}; always the commonest class: accuracy {majority:.4f}."
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: Row, rows: list[Row]) -> list[str]:
     """A row's texts, in the order of `COLUMNS`."""
     found, steps = row.comparison, len(row.candidate.steps) if row.candidate else 0
     if found is None:
-        return [row.mode, row.verdict, "", "", "", "", "", row.tolerance.name]
-    return [
-        row.mode,
-        row.verdict,
-        str(steps),
-        f"{found.loss_ratio:.3f}",
-        f"{found.gradient_ratio:.3f}",
-        f"{found.max_abs_loss_difference:.2g}",
-        f"{found.max_abs_weight_difference:.2g}",
-        row.tolerance.name,
-    ]
+        return [label(row, rows), row.verdict, "", "", "", "", "", row.tolerance.name]
+    numbers = (found.loss_ratio, found.gradient_ratio)
+    gaps = (found.max_abs_loss_difference, found.max_abs_weight_difference)
+    ratios = ["" if math.isnan(number) else f"{number:.3f}" for number in numbers]
+    return [label(row, rows), row.verdict, str(steps), *ratios, *(f"{gap:.2g}" for gap in gaps), row.tolerance.name]
 
 
-def difference(row: Row) -> str:
-    """Where a row first differs, or why it failed; empty where it is equal."""
+def explained(row: Row) -> str:
+    """Where a row first differs and why, or why it failed, with the end of its logs; empty where it is equal."""
     if row.comparison is None:
-        return str(row.error)
+        return f"{row.error}\n{row.log}".rstrip()
     first = row.comparison.first_difference
-    if first is None:
-        return ""
-    return f"first difference at step {first.step}, {first.quantity}: manual loop {first.reference}, here {first.candidate}"
+    return "" if first is None else f"{where(first)}.\n{row.diagnosis}"
 
 
-def curve(rows: list[Row], quantity: str, title: str) -> str:
-    """An SVG of one quantity over the steps: the reference of the first mode, and every row."""
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel=title, yscale="log")
-    drawn = [row for row in rows if row.candidate and row.reference]
-    for row in drawn:
-        assert row.candidate is not None
-        values = [getattr(step, quantity) for step in row.candidate.steps]
-        axes.plot(range(1, len(values) + 1), values, label=row.mode, linewidth=1, linestyle="-" if row.counts else ":")
-    if drawn:
-        axes.legend(fontsize="small")
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Title": title})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{title}, by mode" ', 1)
+def again(row: Row) -> str:
+    """The command that compares a row's records again."""
+    assert row.folders is not None
+    tolerance = "bitwise" if row.tolerance.bitwise else f"{row.tolerance.relative:g}"
+    return shlex.join(["trainer-ext", "parity", "compare", *map(str, row.folders), "--tolerance", tolerance])
 
 
-def environment() -> dict[str, Any]:
-    """What the numbers may depend on."""
-    packages = ("trainer_ext", "torch", "transformers", "accelerate", "datasets", "tokenizers")
-    return {
-        "date": date.today().isoformat(),
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        **{name: version(name) for name in packages},
-    }
+def lines(rows: list[Row], quantity: str) -> list[Line]:
+    """What a figure draws of a quantity: a line a row."""
+    found = []
+    for row in rows:
+        if row.candidate is not None and row.reference is not None:
+            steps = [step.step for step in row.candidate.steps]
+            found.append(
+                Line(label(row, rows), steps, _of(row.candidate, quantity), _of(row.reference, quantity), row.counts)
+            )
+    return found
+
+
+def _of(run: Trajectory, quantity: str) -> list[float | None]:
+    def value(step: Step) -> Any:
+        return max(step.learning_rates, default=None) if quantity == "learning_rate" else getattr(step, quantity)
+
+    return [value(step) for step in run.steps]

@@ -8,7 +8,7 @@ from typing import Any
 import transformers
 from safetensors import safe_open
 
-from trainer_ext.parity.trajectory import digest, digests
+from trainer_ext.parity.digests import digest, digests
 
 VERDICT = "rehearsal.json"
 

@@ -56,6 +56,8 @@ class Launch:
         asked: What the command asks for.
         hosts: How many hosts the launch spans.
         processes: How many the command starts on one host, where it says so.
+        cpu: Whether accelerate is told to use the CPU, and drops DeepSpeed and FSDP.
+        finds_gpus: Whether accelerate is left to find out that there are several GPUs.
     """
 
     launcher: str | None
@@ -66,6 +68,8 @@ class Launch:
     asked: Asked = field(default_factory=lambda: Asked("single"))
     hosts: int = 1
     processes: int = 1
+    cpu: bool = False
+    finds_gpus: bool = False
 
     def on_this_host(
         self, processes: int, port: int, *, keep_hosts: bool = False, rehearsing: bool = True
@@ -94,7 +98,8 @@ class Launch:
                 "--keep-hosts rehearses one host's part, and deepspeed starts every host from one, by ssh. Begin the "
                 "command with `accelerate launch` or torchrun, on each host."
             )
-        options = self.options if keep_hosts else HOST_OPTIONS[self.launcher](self.options, processes, port)
+        options = [*self.options, "--multi_gpu"] if self.finds_gpus else self.options
+        options = options if keep_hosts else HOST_OPTIONS[self.launcher](options, processes, port)
         module = ["--module", *inner[1:]] if inner[0] == "-m" else inner
         return [sys.executable, "-m", self.launcher, *options, *module]
 
@@ -103,14 +108,14 @@ def parse(words: list[str]) -> Launch:
     """Take a launch command apart.
 
     Raises:
-        ValueError: It is none, or one that cannot be rehearsed; the message says why.
+        ValueError: It is none, or one that starts no Python script; the message says why.
     """
     environment = {}
     while words and (match := re.fullmatch(r"([A-Za-z_]\w*)=(.*)", words[0])):
         environment[match[1]] = match[2]
         words = words[1:]
     if not words:
-        raise ValueError("no command is given. Put it after `--`: trainer-ext rehearse -- torchrun script.py ...")
+        raise ValueError("no command is given. Put it after `--`, as in `-- torchrun script.py ...`.")
     name, rest = Path(words[0]).name, words[1:]
     if re.fullmatch(r"python[\d.]*", name):
         return _parse_python(rest, environment)
@@ -118,7 +123,7 @@ def parse(words: list[str]) -> Launch:
         if [name, *rest][: len(called)] == list(called):
             return _parse_launcher(launcher, rest[len(called) - 1 :], environment)
     raise ValueError(
-        f"{words[0]!r} is no launcher that can be rehearsed. Begin the command with deepspeed, `accelerate launch`, "
+        f"{words[0]!r} is no launcher that is known. Begin the command with deepspeed, `accelerate launch`, "
         "torchrun or python."
     )
 
@@ -129,7 +134,7 @@ def _parse_python(words: list[str], environment: dict[str, str]) -> Launch:
     width = 2 if words[:1] == ["-m"] else 1
     if len(words) < width or (width == 1 and words[0].startswith("-")):
         raise ValueError(
-            f"'python {' '.join(words)}' cannot be rehearsed: name a script or -m MODULE, without options of python's own."
+            f"'python {' '.join(words)}' names no script: give one, or -m MODULE, without options of python's own."
         )
     asked = asked_by_script(words[width:], engine="single")
     return Launch(None, [], words[:width], words[width:], environment, asked)
@@ -138,22 +143,15 @@ def _parse_python(words: list[str], environment: dict[str, str]) -> Launch:
 def _parse_launcher(launcher: str, words: list[str], environment: dict[str, str]) -> Launch:
     found, arguments = _parsed(launcher, words)
     if getattr(found, "no_python", False):
-        raise ValueError(
-            "--no_python starts any program, which cannot be rehearsed: leave it out, and name the script."
-        )
-    if getattr(found, "cpu", False):
-        raise ValueError(
-            "--cpu has `accelerate launch` drop DeepSpeed and FSDP: leave it out; a rehearsal is on the CPU."
-        )
+        raise ValueError("--no_python starts any program: leave it out, and name the Python script.")
     end = len(words) - len(arguments) - 1
     end -= words[end] == "--"  # which the launcher's parser takes away
     options = [word for word in words[:end] if word not in ("--module", "-m", "--")]
-    if getattr(found, "finds_gpus", False):
-        options.append("--multi_gpu")
     script = ["-m", words[end]] if found.module else [words[end]]
     hosts, processes = _hosts(launcher, found)
     asked = _asked(launcher, found, arguments)
-    return Launch(launcher, options, script, arguments, environment, asked, hosts, processes)
+    cpu, finds_gpus = (bool(getattr(found, name, False)) for name in ("cpu", "finds_gpus"))
+    return Launch(launcher, options, script, arguments, environment, asked, hosts, processes, cpu, finds_gpus)
 
 
 def _hosts(launcher: str, found: Any) -> tuple[int, int]:

@@ -21,15 +21,18 @@ def main() -> None:
     from trainer_ext.engine import REHEARSING
 
     plan = json.loads(Path(os.environ[REHEARSING]).read_text())
-    local_rank = [
-        word for word in sys.argv[1:2] if word.startswith("--local_rank")
-    ]  # DeepSpeed's launcher puts it first
-    script, *arguments = sys.argv[1 + len(local_rank) :]
     on_cpu.install()
 
     from trainer_ext.rehearsal.watch import watch
 
     watch(plan)
+    become(sys.argv[1:])
+
+
+def become(words: list[str]) -> None:
+    """Run a script, or `-m` and a module, as if this process had been started with it."""
+    local_rank = [word for word in words[:1] if word.startswith("--local_rank")]  # DeepSpeed's launcher puts it first
+    script, *arguments = words[len(local_rank) :]
     if script == "-m":
         module, *arguments = arguments
         sys.argv = [module, *local_rank, *arguments]

@@ -104,6 +104,10 @@ def rehearse(
     if processes < 1:
         raise ValueError(f"--processes {processes}: at least 1 is needed.")
     launch = parse(words)
+    if launch.cpu:
+        raise ValueError(
+            "--cpu has `accelerate launch` drop DeepSpeed and FSDP: leave it out; a rehearsal is on the CPU."
+        )
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as scratch:
         processes = launch.processes if keep_hosts else processes
         stage = Stage(launch, processes, keep_hosts, timeout, Path(scratch), log, progress)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from trainer_ext.engine import count_elements, full_parameters, local_elements, runs_on
-from trainer_ext.parity.trajectory import digest
+from trainer_ext.parity.digests import digest
 from trainer_ext.rehearsal import on_cpu
 from trainer_ext.rehearsal.exported import exported_earlier
 from trainer_ext.rehearsal.run import CHECKPOINTS, CLAIMED

@@ -1,0 +1,158 @@
+"""Records: what is written while a run trains, what a killed or resumed run leaves, and what the file holds."""
+
+import json
+import math
+from importlib.metadata import version
+
+import pytest
+import torch
+
+from tests.conftest import rows, tiny_model
+from trainer_ext import CustomTrainer
+from trainer_ext.metrics import compute_metrics
+from trainer_ext.parity import TrainerRecorder, Trajectory, assert_parity, compare
+from trainer_ext.parity.recorder import STEPS_BETWEEN_WRITES
+
+RUN = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "max_steps": -1, "eval_strategy": "epoch"}
+
+
+def recorded(trainer, folder, *, resume=None, fixture_options=None, **options):
+    run = trainer(
+        evaluation=rows(13), compute_metrics=compute_metrics(), **{**RUN, **options, **(fixture_options or {})}
+    )
+    recorder = TrainerRecorder(run, folder)
+    run.train(resume_from_checkpoint=resume)
+    return run, recorder.finish()
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "trajectory.jsonl").read_text().splitlines()]
+
+
+def test_what_the_file_holds(trainer, tmp_path):
+    run, found = recorded(trainer, tmp_path / "record")
+    kinds = [line["kind"] for line in lines(tmp_path / "record")]
+    assert kinds == ["header", "begin", "begin", *["step"] * 6, "evaluation", *["step"] * 6, "evaluation", "end"]
+    header = lines(tmp_path / "record")[0]
+    assert header["schema"] == 3
+    assert header["seeds"] == {"seed": 42, "data_seed": None}
+    assert header["arguments"]["per_device_train_batch_size"] == 4
+    assert header["dataset"]["train"]["rows"] == 22
+    assert header["environment"]["torch"] == version("torch")
+    assert header["environment"]["threads"] == torch.get_num_threads()
+    assert found.parameters["classifier.weight"] == ["float32", [2, 16]]
+    assert sorted(name for group in found.groups for name in group) == sorted(found.parameters)
+    step = found.steps[0]
+    assert (step.sizes, len(step.rows), len(step.group_norms)) == ([4], 32, 2)
+    assert math.hypot(*step.group_norms) == pytest.approx(min(step.grad_norm, 1.0), rel=1e-5)
+    assert found.evaluations[0].rows == found.evaluations[0].expected == 13
+    assert found.evaluations[0].training is False
+    weights = run.model.state_dict()
+    assert all(torch.equal(found.tensors[name], weights[name]) for name in found.tensors)
+
+
+def test_memory_and_disk_tell_the_same(trainer, tmp_path):
+    _, on_disk = recorded(trainer, tmp_path / "record")
+    _, in_memory = recorded(trainer, None)
+    assert_parity(on_disk, in_memory, tolerance=0)
+    assert on_disk.steps == in_memory.steps
+    assert on_disk.evaluations == in_memory.evaluations
+    assert on_disk.optimizer == in_memory.optimizer
+
+
+def test_recording_changes_nothing(trainer, tmp_path):
+    plain = trainer(**RUN, evaluation=rows(13))
+    plain.train()
+    run, _ = recorded(trainer, tmp_path / "record")
+    for ours, theirs in zip(plain.model.parameters(), run.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_resumed_run_goes_on_without_a_seam(trainer, tmp_path):
+    whole = recorded(trainer, tmp_path / "whole")[1]
+    saving = {"save_strategy": "steps", "save_steps": 5}
+    recorded(trainer, tmp_path / "record", output_dir=str(tmp_path / "out"), **saving)  # to its end
+    checkpoint = str(tmp_path / "out" / "checkpoint-5")
+    _, found = recorded(trainer, tmp_path / "record", resume=checkpoint, output_dir=str(tmp_path / "out"), **saving)
+    assert found.resumed_at == [5]
+    assert [step.step for step in found.steps] == list(range(1, 13))
+    assert_parity(whole, found, tolerance=0)
+    kinds = [line["kind"] for line in lines(tmp_path / "record")]
+    assert kinds.count("step") == 12 + 7  # nothing that was written is taken away
+    assert kinds.count("header") == 1
+    assert set(found.weights) == {5, 10, 12}
+
+
+def test_a_new_run_replaces_the_record(trainer, tmp_path):
+    recorded(trainer, tmp_path / "record")
+    _, found = recorded(trainer, tmp_path / "record", num_train_epochs=1)
+    assert len(found.steps) == 6
+    assert [line["kind"] for line in lines(tmp_path / "record")].count("header") == 1
+
+
+class KilledError(Exception):
+    pass
+
+
+class Dies(CustomTrainer):
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == STEPS_BETWEEN_WRITES + 3:
+            raise KilledError
+        return super().training_step(*args, **kwargs)
+
+
+def test_a_killed_run_leaves_what_was_written(trainer, tmp_path):
+    run = trainer(Dies, per_device_train_batch_size=2, max_steps=40)
+    TrainerRecorder(run, tmp_path / "record")
+    with pytest.raises(KilledError):
+        run.train()
+    found = Trajectory.load(tmp_path / "record")
+    assert (len(found.steps), found.finished) == (STEPS_BETWEEN_WRITES, False)
+    with (tmp_path / "record" / "trajectory.jsonl").open("a") as file:
+        file.write('{"kind": "step", "step": 17, "ro')  # torn by the kill
+    assert Trajectory.load(tmp_path / "record").steps == found.steps
+    whole = trainer(per_device_train_batch_size=2, max_steps=40)
+    reference = TrainerRecorder(whole)
+    whole.train()
+    first = compare(reference.finish(), found).first_difference
+    assert (first.step, first.quantity) == (17, "steps")
+
+
+def test_numbers_that_are_not_finite_are_told(trainer, tmp_path):
+    class Nan(CustomTrainer):
+        loss_is_scaled_for_ga = True
+
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * float("nan")
+
+    run = trainer(Nan)
+    recorder = TrainerRecorder(run, tmp_path / "record")
+    run.train()
+    found = recorder.finish()
+    assert all(math.isnan(step.loss) and math.isnan(step.grad_norm) for step in found.steps)
+    for line in (tmp_path / "record" / "trajectory.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+
+
+def test_frozen_parameters_and_weights_that_are_not_kept(trainer, tmp_path):
+    model = tiny_model()
+    model.bert.embeddings.requires_grad_(False)
+    run = trainer(model=model)
+    recorder = TrainerRecorder(run, tmp_path / "record", keep_weights=False)
+    run.train()
+    found = recorder.finish()
+    assert not (tmp_path / "record" / "weights.safetensors").exists()
+    assert not any("embeddings" in name for group in found.groups for name in group)
+    assert (
+        found.final_weights["bert.embeddings.LayerNorm.weight"]
+        == found.initial_weights["bert.embeddings.LayerNorm.weight"]
+    )
+    assert_parity(found, found)
+
+
+def test_a_folder_that_is_no_record(tmp_path):
+    with pytest.raises(ValueError, match="has no trajectory.jsonl"):
+        Trajectory.load(tmp_path)
+    (tmp_path / "trajectory.jsonl").write_text('{"kind": "header", "schema": 99, "path": "x"}\n')
+    with pytest.raises(ValueError, match="its schema is 99; this version reads 3"):
+        Trajectory.load(tmp_path)
