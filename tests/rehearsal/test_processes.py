@@ -71,7 +71,15 @@ def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
         ("a.ChildFailedError: x\nKeyError: 'loss'\n", "KeyError: 'loss'"),
         ("x\nrun.py: error: unrecognized arguments: --a\n", "run.py: error: unrecognized arguments: --a"),
         ("torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \nlast words\n\n", "last words"),
-        ("INFO: all is well\n", "INFO: all is well"),
+        ("INFO: all is well\n=====\n", "INFO: all is well"),
+        (
+            "terminate called after throwing an instance of 'gloo::IoException'\n",
+            "terminate called after throwing an instance of 'gloo::IoException'",
+        ),
+        (
+            "  traceback : Signal 15 (SIGTERM) received by PID 1\n  traceback : Signal 6 (SIGABRT) received by PID 2\n=====\n",
+            "traceback : Signal 6 (SIGABRT) received by PID 2",
+        ),
         ("", "exit code 7"),
     ],
 )

@@ -34,7 +34,13 @@ def run_launch(
     """
     threads = max(1, (os.cpu_count() or 1) // processes)
     here = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-    variables = {"OMP_NUM_THREADS": str(threads), **os.environ, **(environment or {}), "PYTHONPATH": here}
+    variables = {
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONFAULTHANDLER": "1",
+        **os.environ,
+        **(environment or {}),
+        "PYTHONPATH": here,
+    }
     # The environment's own tools first, activated or not: another ninja has DeepSpeed build its operators again.
     variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", "")])
     if plan is not None:
@@ -85,11 +91,11 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def why(output: str, code: int) -> str:
-    """The first error that a rank raised, from a launch's output."""
+    """The first error that a rank raised, or the signal that ended it, from a launch's output."""
     lines = [line.strip() for line in output.splitlines()]
     plain = [line.split("]:", 1)[1].strip() if line.startswith("[rank") and "]:" in line else line for line in lines]
     errors = [line for line in plain if _is_error(line)]
-    return errors[0] if errors else next((line for line in reversed(plain) if line), f"exit code {code}")
+    return errors[0] if errors else next((line for line in reversed(plain) if line.strip("=-*")), f"exit code {code}")
 
 
 def _is_error(line: str) -> bool:
@@ -97,7 +103,12 @@ def _is_error(line: str) -> bool:
     name, colon, said = line.partition(":")
     kind = name.rsplit(".", 1)[-1]
     raised = bool(colon and said) and kind.isidentifier() and kind.endswith(("Error", "Exception"))
-    return (raised and kind != "ChildFailedError") or ": error: " in line or line.startswith("not done after")
+    aborted = (
+        line.startswith(("terminate called", "Fatal Python error", "traceback : Signal")) and "SIGTERM" not in line
+    )
+    return (
+        (raised and kind != "ChildFailedError") or aborted or ": error: " in line or line.startswith("not done after")
+    )
 
 
 def free_port() -> int:
