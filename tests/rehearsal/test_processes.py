@@ -77,7 +77,7 @@ def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
             "terminate called after throwing an instance of 'gloo::IoException'",
         ),
         (
-            "  traceback : Signal 15 (SIGTERM) received by PID 1\n  traceback : Signal 6 (SIGABRT) received by PID 2\n=====\n",
+            " traceback : Signal 15 (SIGTERM)\n  traceback : Signal 6 (SIGABRT) received by PID 2\n=====\n",
             "traceback : Signal 6 (SIGABRT) received by PID 2",
         ),
         ("", "exit code 7"),
