@@ -56,11 +56,8 @@ def test_a_fault_of_several_ranks_is_caught_and_named(ranks, name):
         assert found == expected
 
 
-def test_every_cause_is_documented_and_most_are_provoked():
+def test_every_cause_is_documented():
     page = (Path(__file__).parents[2] / "docs" / "parity.md").read_text()
     for cause in CAUSES:
         assert f"| {cause.name} | [" in page
         assert cause.known in page
-    provoked = {fault.expected[2] for fault in FAULTS.values()}
-    provoked |= {expected[2] for _, expected in ddp_faults.RUNS.values() if expected}
-    assert len({cause.name for cause in CAUSES} & provoked) >= 30

@@ -51,6 +51,12 @@ def test_what_the_file_holds(trainer, tmp_path):
     assert all(torch.equal(found.tensors[name], weights[name]) for name in found.tensors)
 
 
+def test_norms_of_groups_are_taken_at_first_and_now_and_then(trainer, tmp_path):
+    _, found = recorded(trainer, tmp_path / "record", per_device_train_batch_size=1)  # 44 steps
+    assert [step.step for step in found.steps if step.group_norms] == [*range(1, 17), 32]
+    assert all(step.grad_norm > 0 for step in found.steps)
+
+
 def test_memory_and_disk_tell_the_same(trainer, tmp_path):
     _, on_disk = recorded(trainer, tmp_path / "record")
     _, in_memory = recorded(trainer, None)

@@ -50,7 +50,8 @@ def test_the_page(folder):
     assert "Not the same run: nan differs, zero2 failed." in page
     assert "stock:ga4: the loss is not divided by the whole step" in page
     assert "2.000 times the reference&#39;s = accumulation steps" in page
-    assert "https://github.com/huggingface/transformers/issues/47688" in page
+    link = '<a href="https://github.com/huggingface/transformers/issues/47688">huggingface/transformers#47688</a>'
+    assert link in page
     assert "Arguments that differ: seed: 1 / 2." in page
     assert "no &lt;device&gt;" in page
     assert "rank0: a &amp; b" in page
@@ -77,9 +78,9 @@ def test_its_twins_say_the_same(folder):
 
 def test_the_verdict_of_rows_that_agree():
     both = [row("single", trajectory(), BITWISE), row("ga4", trajectory())]
-    assert verdict(both) == "test are equal within fp32 rounding in single, ga4 (dropout on)."
+    assert verdict(both) == "Test are equal within fp32 rounding in single, ga4 (dropout on)."
     assert "bitwise equal" in verdict(both[:1])
-    assert verdict([*both[:1], ROWS[1]]).startswith("test are bitwise equal"), "stock rows do not count"
+    assert verdict([*both[:1], ROWS[1]]).startswith("Test are bitwise equal"), "stock rows do not count"
 
 
 def test_a_figure_is_sound_xml_with_a_text_alternative():

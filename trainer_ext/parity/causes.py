@@ -55,6 +55,12 @@ class Diagnosis:
     known: str = ""
     arguments: tuple[str, ...] = ()
 
+    @property
+    def thread(self) -> str:
+        """The report as people write it, such as `huggingface/transformers#47688`."""
+        owner, name, _, number = self.known.split("/")[-4:]
+        return f"{owner}/{name}#{number}"
+
     def __str__(self) -> str:
         text = f"Likely cause: {self.cause}. {self.saw}." if self.cause != UNKNOWN else f"{self.saw}."
         text += f" {self.mend}" if self.mend else ""

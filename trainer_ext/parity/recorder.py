@@ -95,7 +95,9 @@ class Recorder:
         if not self._rates:
             self._describe(optimizer, groups)
         self._rates = [group["lr"] for group in optimizer.param_groups]
-        self._norms = None if groups is not None else gradient_norms(optimizer)
+        step = self.steps + 1
+        wanted = step <= STEPS_BETWEEN_WRITES or step % STEPS_BETWEEN_WRITES == 0  # they cost as much as all the rest
+        self._norms = gradient_norms(optimizer) if wanted and groups is None else None
 
     def step(
         self,

@@ -81,7 +81,8 @@ def verdict(rows: list[Row]) -> str:
     how = "bitwise equal" if exact else f"equal within {held} rounding"
     dropout = "on" if all(row.dropout for row in judged) else "off where the split differs"
     paths = " and ".join(dict.fromkeys(path.path for row in judged for path in (row.reference, row.candidate) if path))
-    return f"{paths} are {how} in {', '.join(dict.fromkeys(row.mode for row in judged))} (dropout {dropout})."
+    modes = ", ".join(dict.fromkeys(row.mode for row in judged))
+    return f"{paths[:1].upper()}{paths[1:]} are {how} in {modes} (dropout {dropout})."
 
 
 def label(row: Row, rows: list[Row]) -> str:

@@ -42,8 +42,8 @@ class Step:
         denominator: What the step's summed loss was divided by; None where the path does not say.
         loss: The step's loss, as the path itself reports it.
         grad_norm: The gradient's norm before clipping; None where the path does not say, as DeepSpeed without ZeRO.
-        group_norms: The norm of each parameter group's gradient as the optimizer got it, after clipping; None under
-            DeepSpeed, which keeps its gradients to itself.
+        group_norms: The norm of each parameter group's gradient as the optimizer got it, after clipping, in the first
+            16 steps and every 16th after them; None else, and under DeepSpeed, which keeps its gradients to itself.
         learning_rates: The rate of every parameter group, as the step was taken with it.
     """
 

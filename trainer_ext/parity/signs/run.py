@@ -1,9 +1,13 @@
 """What learning rates, parameter groups and evaluations show, and the run as a whole."""
 
+from trainer_ext.parity.comparison import weight_share
 from trainer_ext.parity.differences import evaluations, shortened
 from trainer_ext.parity.evidence import Evidence, near
 from trainer_ext.parity.signs.data import first_after_resume
 from trainer_ext.parity.trajectory import Evaluation, Trajectory
+
+ROUNDED = 2e-6  # of a loss in float32
+ROUNDED_WEIGHTS = 0.05  # of the way that a weight can have gone
 
 
 def schedule_begun_anew(e: Evidence) -> str | None:
@@ -135,10 +139,12 @@ def _place(e: Evidence) -> int:
 
 
 def _same_weights(e: Evidence) -> bool:
-    """Whether both had the same weights after the step: the next loss, or the final weights, say so."""
+    """Whether both had the same weights after the step, but for rounding: the next loss, or the final weights, say so."""
     following = [next((s for s in run.steps if s.step == e.at + 1), None) for run in (e.a, e.b)]
     if following[0] is not None and following[1] is not None:
-        return near(following[1].loss, following[0].loss, 1e-6)
+        return near(following[1].loss, following[0].loss, ROUNDED)
+    if e.a.tensors and e.b.tensors:
+        return weight_share(e.a, e.b) <= ROUNDED_WEIGHTS
     return e.a.final_weights == e.b.final_weights
 
 
