@@ -232,8 +232,11 @@ def parity_calibrate(
 def parity_record(
     ctx: typer.Context,
     output_dir: Annotated[
-        Path, typer.Option("--output", "--output-dir", "--output_dir", help="The record's folder, new or a record.")
+        Path, typer.Option("--output", "--output-dir", "--output_dir", help="The record's folder, a new one.")
     ],
+    resumed: Annotated[
+        bool, typer.Option("--resumed", help="The command resumes a recorded run: go on in its record.")
+    ] = False,
 ) -> None:
     """Record a script's training without editing it: a Trainer of any kind, or a loop over accelerate.
 
@@ -246,7 +249,7 @@ def parity_record(
     with users_mistakes():
         from trainer_ext.parity import runs
 
-        code = runs.record(ctx.args, output_dir)
+        code = runs.record(ctx.args, output_dir, resumed=resumed)
     raise typer.Exit(code)
 
 

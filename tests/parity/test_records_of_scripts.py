@@ -131,10 +131,18 @@ def test_a_script_that_fails(tmp_path):
     record(tmp_path, "python", tmp_path / "script.py", code=7)
 
 
-def test_nothing_on_disk_is_lost(tmp_path):
+def test_nothing_on_disk_is_lost(call, stock, tmp_path):
     (tmp_path / "record").mkdir()
     (tmp_path / "record" / "thesis.tex").write_text("x")
-    found = CliRunner().invoke(app, ["parity", "record", "--output", str(tmp_path / "record"), "--", "python", "s.py"])
-    assert found.exit_code == 2
-    assert "is no record" in " ".join(found.output.split())
+    before = (stock[1] / "trajectory.jsonl").read_bytes()
+    for folder, options, says in (
+        (tmp_path / "record", [], "is taken: name a new folder, or pass --resumed"),
+        (tmp_path / "record" / "thesis.tex", [], "is taken"),
+        (stock[1], [], "is taken"),
+        (tmp_path / "record", ["--resumed"], "has no trajectory.jsonl to go on with"),
+    ):
+        found = call("parity", "record", "--output", folder, *options, "--", "python", "s.py")
+        assert found.exit_code == 2
+        assert says in " ".join(found.output.split())
     assert (tmp_path / "record" / "thesis.tex").read_text() == "x"
+    assert (stock[1] / "trajectory.jsonl").read_bytes() == before

@@ -21,7 +21,7 @@ from trainer_ext.parity.modes import Mode, find_mode
 from trainer_ext.parity.progress import progress_over
 from trainer_ext.parity.recorded import RECORDING
 from trainer_ext.parity.tolerance import BITWISE, ROUNDING, Tolerance, rounding_of
-from trainer_ext.parity.trajectory import Trajectory
+from trainer_ext.parity.trajectory import LINES, Trajectory
 from trainer_ext.rehearsal.launch import parse
 from trainer_ext.task import TaskParser, prepare_task
 
@@ -125,17 +125,21 @@ def calibrate(planned: Plan, folder: Path) -> None:
     )
 
 
-def record(words: list[str], folder: Path) -> int:
-    """Run a command with its training recorded into `folder`; its exit code.
+def record(words: list[str], folder: Path, *, resumed: bool = False) -> int:
+    """Run a command with its training recorded into `folder`, new or, of a run that goes on, its record; the exit code.
 
     Raises:
         ValueError: It is no launch of a Python script, `folder` is taken, or nothing was trained.
     """
-    launch = parse(words)
-    if folder.exists() and (
-        not folder.is_dir() or (any(folder.iterdir()) and not (folder / "trajectory.jsonl").is_file())
-    ):
-        raise ValueError(f"--output {folder} is there and is no record: name a new folder.")
+    launch, lines = parse(words), folder / LINES
+    if resumed and not lines.is_file():
+        raise ValueError(f"--resumed: {folder} has no {LINES} to go on with.")
+    if not resumed and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"--output {folder} is taken: name a new folder, or pass --resumed where the command resumes the run of that "
+            "record."
+        )
+    before = lines.stat().st_size if resumed else 0
     inner = ["trainer_ext.parity.recorded", *launch.script, *launch.arguments]
     module = (
         ["-m", *inner] if launch.launcher is None else ["-m", launch.launcher, *launch.options, "--module", *inner]
@@ -143,11 +147,8 @@ def record(words: list[str], folder: Path) -> int:
     here = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
     variables = {**os.environ, **launch.environment, RECORDING: str(folder.resolve()), "PYTHONPATH": here}
     variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", "")])
-    before = (folder / "trajectory.jsonl").stat().st_mtime_ns if (folder / "trajectory.jsonl").is_file() else 0
     code = subprocess.run([sys.executable, *module], env=variables).returncode
-    if code == 0 and not (
-        (folder / "trajectory.jsonl").is_file() and (folder / "trajectory.jsonl").stat().st_mtime_ns > before
-    ):
+    if code == 0 and not (lines.is_file() and lines.stat().st_size > before):
         raise ValueError(
             f"{' '.join(words)} trained nothing that could be recorded: a `Trainer`, or a loop that calls an Accelerator's "
             "prepare, backward and its optimizer's step."
