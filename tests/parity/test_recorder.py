@@ -1,5 +1,6 @@
 """Records: what is written while a run trains, what a killed or resumed run leaves, and what the file holds."""
 
+import dataclasses
 import json
 import math
 from importlib.metadata import version
@@ -10,7 +11,7 @@ import torch
 from tests.conftest import rows, tiny_model
 from trainer_ext import CustomTrainer
 from trainer_ext.metrics import compute_metrics
-from trainer_ext.parity import TrainerRecorder, Trajectory, assert_parity, compare
+from trainer_ext.parity import TrainerRecorder, Trajectory, assert_parity, compare, diagnose
 from trainer_ext.parity.recorder import STEPS_BETWEEN_WRITES
 
 RUN = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "max_steps": -1, "eval_strategy": "epoch"}
@@ -87,6 +88,20 @@ def test_a_resumed_run_goes_on_without_a_seam(trainer, tmp_path):
     assert kinds.count("step") == 12 + 7  # nothing that was written is taken away
     assert kinds.count("header") == 1
     assert set(found.weights) == {5, 10, 12}
+
+
+def test_a_record_may_begin_with_a_resume(trainer, tmp_path):
+    """Only the second half was recorded: it is compared with the steps that it has."""
+    whole = recorded(trainer, tmp_path / "whole")[1]
+    saving = {"save_strategy": "steps", "save_steps": 5, "output_dir": str(tmp_path / "out")}
+    recorded(trainer, None, **saving)
+    half = recorded(trainer, tmp_path / "half", resume=str(tmp_path / "out" / "checkpoint-5"), **saving)[1]
+    assert ([step.step for step in half.steps], half.resumed_at) == (list(range(6, 13)), [5])
+    assert_parity(whole, half, tolerance=0)
+    half.steps[1] = dataclasses.replace(half.steps[1], loss=9.0)
+    first = compare(whole, half).first_difference
+    assert (first.step, first.quantity) == (7, "loss")
+    assert diagnose(whole, half, first).cause == "a resume without the optimizer's state"
 
 
 def test_a_new_run_replaces_the_record(trainer, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trainer_ext.parity.differences import (
     Difference,
+    common_steps,
     differences,
     evaluations,
     tensor_gap,
@@ -63,7 +64,7 @@ def compare(
         same_split: Whether a step is to come in the same micro-batches in both.
     """
     first = next(differences(reference, candidate, tolerance, same_split), None)
-    pairs = list(zip(reference.steps, candidate.steps, strict=False))
+    pairs = common_steps(reference, candidate)
     one = pairs[0] if pairs else None
     return Comparison(
         first_difference=first,

@@ -42,14 +42,15 @@ def shortened(text: str, length: int = 40) -> str:
 
 def differences(a: Trajectory, b: Trajectory, tolerance: Tolerance, same_split: bool) -> Iterator[Difference]:
     """Every difference of `b` from `a`; the arguments of `compare`."""
-    if not a.steps or not b.steps:
+    pairs = common_steps(a, b)
+    if not pairs:
         yield Difference(0, "steps", len(a.steps), len(b.steps))
         return
     same_groups = a.groups == b.groups
-    same_split_seen = a.steps[0].sizes == b.steps[0].sizes and a.world_size == b.world_size
-    for place, (ours, theirs) in enumerate(zip(a.steps, b.steps, strict=False)):
+    same_split_seen = pairs[0][0].sizes == pairs[0][1].sizes and a.world_size == b.world_size
+    for place, (ours, theirs) in enumerate(pairs):
         yield from _fed_differences(ours, theirs, same_split)
-        if place == 0:
+        if place == 0 and a.steps[0].step == b.steps[0].step:
             yield from _mapping_differences(0, "initial_weights", a.initial_weights, b.initial_weights)
         yield from _computed_differences(ours, theirs, tolerance, same_split_seen, same_groups)
         yield from _rate_differences(a, b, ours, theirs)
@@ -60,8 +61,8 @@ def differences(a: Trajectory, b: Trajectory, tolerance: Tolerance, same_split: 
             yield from _mapping_differences(ours.step, "weights", a.weights[ours.step], b.weights[ours.step])
         yield from _evaluation_differences(ours.step, a, b, tolerance)
     last = a.steps[-1].step
-    if len(a.steps) != len(b.steps):
-        yield Difference(min(last, b.steps[-1].step) + 1, "steps", len(a.steps), len(b.steps))
+    if last != b.steps[-1].step:
+        yield Difference(min(last, b.steps[-1].step) + 1, "steps", last, b.steps[-1].step)
     made = [len(found) for found in evaluations(a, b)]
     if made[0] != made[1] and not _unseen(a, b, "evaluations"):
         yield Difference(last, "evaluations", *made)
@@ -70,6 +71,12 @@ def differences(a: Trajectory, b: Trajectory, tolerance: Tolerance, same_split: 
         if tolerance.bitwise and not _unseen(a, b, "optimizer_state"):
             yield from _mapping_differences(last, "optimizer_state", a.optimizer_state, b.optimizer_state)
         yield from _final_weight_differences(last, a, b, tolerance)
+
+
+def common_steps(a: Trajectory, b: Trajectory) -> list[tuple[Step, Step]]:
+    """The steps that both records have; one may begin where a run was resumed."""
+    theirs = {step.step: step for step in b.steps}
+    return [(step, theirs[step.step]) for step in a.steps if step.step in theirs]
 
 
 def _unseen(a: Trajectory, b: Trajectory, quantity: str) -> bool:
@@ -202,11 +209,13 @@ def evaluations(a: Trajectory, b: Trajectory) -> tuple[list[Evaluation], list[Ev
     """Those of both runs, without what a stop alone brought about.
 
     A `Trainer` that is stopped within an epoch evaluates as at an epoch's end. Where the run was then resumed from that
-    step, and the other run made no evaluation there, it is none that the two have in common.
+    step, and the other run made no evaluation there, it is none that the two have in common; nor is one from before a
+    record begins.
     """
+    first = max((run.steps[0].step for run in (a, b) if run.steps), default=0)
     steps = [{evaluation.step for evaluation in run.evaluations} for run in (a, b)]
     ours, theirs = (
-        [one for one in run.evaluations if one.step in others or one.step not in run.resumed_at]
+        [e for e in run.evaluations if e.step >= first and (e.step in others or e.step not in run.resumed_at)]
         for run, others in zip((a, b), reversed(steps), strict=True)
     )
     return ours, theirs

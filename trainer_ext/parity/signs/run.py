@@ -117,7 +117,9 @@ def only_metrics(e: Evidence) -> str | None:
 
 
 def steps_differ(e: Evidence) -> str | None:
-    return f"{len(e.b.steps)} steps instead of {len(e.a.steps)}; those that both took are equal"
+    return (
+        f"It ends after step {e.difference.candidate} instead of {e.difference.reference}; the steps of both are equal"
+    )
 
 
 def nothing_trained(e: Evidence) -> str | None:
