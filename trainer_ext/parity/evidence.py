@@ -10,7 +10,7 @@ CLOSE = 2e-3  # how near a ratio has to lie to the number that it is taken for
 # Of a run's arguments: where it wrote, and what changes none of its numbers.
 NOT_ARITHMETIC = ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "log_level", "logging_strategy",
                   "logging_steps", "save_strategy", "save_steps", "dataloader_pin_memory", "local_rank", "deepspeed",
-                  "save_total_limit", "hub_token", "push_to_hub_token", "logging_first_step")  # fmt: skip
+                  "save_total_limit", "use_cpu", "hub_token", "push_to_hub_token", "logging_first_step")  # fmt: skip
 
 
 @dataclass(frozen=True)
