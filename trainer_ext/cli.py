@@ -224,6 +224,8 @@ def parity_calibrate(
         from trainer_ext.parity import runs
 
         plan = runs.plan(runs.Asked("single", whole_batch=True, dtype=dtype), argv, output_dir)
+        if len(plan.matrices) > 1:
+            raise ValueError(f"--dtype {dtype}: noise is measured in one, float32 or float64.")
         _make_folder(output_dir)
     runs.calibrate(plan, output_dir)
 

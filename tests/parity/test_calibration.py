@@ -68,3 +68,10 @@ def test_a_calibration_that_cannot_be_read(call, tmp_path):
     assert found.exit_code == 2
     assert "No such file" in found.output
     assert not (tmp_path / "out").exists()
+
+
+def test_noise_is_measured_in_one_dtype(call, tmp_path):
+    found = call("parity", "calibrate", *SIZES, "--dtype", "float32,float64", "--output-dir", tmp_path / "out")
+    assert found.exit_code == 2
+    assert "noise is measured in one" in " ".join(found.output.split())
+    assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -178,7 +179,7 @@ class Recorder:
         if self.keep_weights:
             self.tensors = tensors
             if self.folder is not None and _rank() == 0:
-                Trajectory(self.path, tensors=tensors).save_tensors(self.folder)
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self.folder / WEIGHTS)
 
     def trajectory(self) -> Trajectory:
         """The record so far; read from the folder where there is one."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 SCHEMA = 3
@@ -124,10 +124,6 @@ class Trajectory:
     @property
     def world_size(self) -> int:
         return int(self.runs_on.get("world_size", 1))
-
-    def save_tensors(self, folder: Path) -> None:
-        """Write the final weights."""
-        save_file({name: tensor.contiguous().clone() for name, tensor in self.tensors.items()}, folder / WEIGHTS)
 
     @classmethod
     def load(cls, folder: Path | str) -> "Trajectory":
