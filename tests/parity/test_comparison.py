@@ -128,6 +128,16 @@ def test_random_numbers_that_nobody_drew_are_no_difference():
     assert compare(trajectory(), trajectory(steps=other)).equal
 
 
+def test_generators_that_parted_are_seen_where_both_runs_next_look():
+    first, *later = (dataclasses.replace(step, rng=None) for step in trajectory().steps)
+    ours = trajectory(steps=[first, *later[:-1], trajectory().steps[-1]])
+    parted = dataclasses.replace(later[0], loss=9.0)
+    theirs = trajectory(steps=[first, parted, *later[1:-1], dataclasses.replace(ours.steps[-1], rng="other")])
+    found = compare(ours, theirs).first_difference
+    assert (found.step, found.quantity, found.candidate) == (2, "rng", "other")
+    assert compare(ours, trajectory(steps=[first, parted, *ours.steps[2:]])).first_difference.quantity == "loss"
+
+
 def test_rates_are_compared_by_parameter_where_groups_differ():
     regrouped = trajectory(
         groups=[["a", "b"]],

@@ -7,12 +7,13 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from tests.conftest import rows, tiny_model
 from trainer_ext import CustomTrainer
 from trainer_ext.metrics import compute_metrics
-from trainer_ext.parity import TrainerRecorder, Trajectory, assert_parity, compare, diagnose
-from trainer_ext.parity.recorder import STEPS_BETWEEN_WRITES
+from trainer_ext.parity import TrainerRecorder, Trajectory, assert_parity, compare, diagnose, recorder
+from trainer_ext.parity.recorder import FIRST_STEPS
 
 RUN = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "max_steps": -1, "eval_strategy": "epoch"}
 
@@ -52,10 +53,30 @@ def test_what_the_file_holds(trainer, tmp_path):
     assert all(torch.equal(found.tensors[name], weights[name]) for name in found.tensors)
 
 
-def test_norms_of_groups_are_taken_at_first_and_now_and_then(trainer, tmp_path):
-    _, found = recorded(trainer, tmp_path / "record", per_device_train_batch_size=1)  # 44 steps
-    assert [step.step for step in found.steps if step.group_norms] == [*range(1, 17), 32]
+def test_norms_of_groups_and_random_states_are_taken_at_first_and_now_and_then(trainer, tmp_path):
+    run = {"per_device_train_batch_size": 1, "num_train_epochs": 4, "output_dir": str(tmp_path / "out")}  # 88 steps
+    _, found = recorded(trainer, tmp_path / "record", save_strategy="steps", save_steps=50, **run)
+    assert [step.step for step in found.steps if step.group_norms] == [*range(1, 17), 64]
+    assert [step.step for step in found.steps if step.rng] == [*range(1, 17), 64]
     assert all(step.grad_norm > 0 for step in found.steps)
+    _, resumed = recorded(trainer, tmp_path / "record", resume=str(tmp_path / "out" / "checkpoint-50"), **run)
+    assert [step.step for step in resumed.steps if step.rng] == [*range(1, 17), *range(51, 67)]
+
+
+@pytest.mark.parametrize(("seconds", "written"), [(0.0, [16, 17, 18, 19]), (1e9, [16])])
+def test_lines_are_written_as_often_as_the_time_of_a_step_allows(monkeypatch, trainer, tmp_path, seconds, written):
+    monkeypatch.setattr(recorder, "SECONDS_BETWEEN_WRITES", seconds)
+    seen = []
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append([line["kind"] for line in lines(tmp_path / "record")].count("step"))
+
+    run = trainer(per_device_train_batch_size=1, max_steps=19)
+    TrainerRecorder(run, tmp_path / "record")
+    run.add_callback(Looks())
+    run.train()
+    assert sorted(set(seen)) == [0, *written]
 
 
 def test_memory_and_disk_tell_the_same(trainer, tmp_path):
@@ -117,7 +138,7 @@ class KilledError(Exception):
 
 class Dies(CustomTrainer):
     def training_step(self, *args, **kwargs):
-        if self.state.global_step == STEPS_BETWEEN_WRITES + 3:
+        if self.state.global_step == FIRST_STEPS + 3:
             raise KilledError
         return super().training_step(*args, **kwargs)
 
@@ -128,7 +149,7 @@ def test_a_killed_run_leaves_what_was_written(trainer, tmp_path):
     with pytest.raises(KilledError):
         run.train()
     found = Trajectory.load(tmp_path / "record")
-    assert (len(found.steps), found.finished) == (STEPS_BETWEEN_WRITES, False)
+    assert (len(found.steps), found.finished) == (FIRST_STEPS, False)
     with (tmp_path / "record" / "trajectory.jsonl").open("a") as file:
         file.write('{"kind": "step", "step": 17, "ro')  # torn by the kill
     assert Trajectory.load(tmp_path / "record").steps == found.steps

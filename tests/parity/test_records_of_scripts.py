@@ -1,6 +1,7 @@
 """`parity record` on scripts that know nothing of this package, and `parity compare` of what it recorded."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,8 +16,8 @@ SCRIPTS = Path(__file__).parent / "scripts"
 COMMAND = [sys.executable, "-c", "from trainer_ext.cli import main; main()", "parity", "record", "--output"]
 
 
-def record(folder, *command, code=0):
-    words = [*COMMAND, str(folder / "record"), "--", *map(str, command)]
+def record(folder, *command, code=0, options=()):
+    words = [*COMMAND, str(folder / "record"), *options, "--", *map(str, command)]
     found, output = run_launch(words, folder / "log", processes=1, timeout=300)
     assert found == code, output[-3000:]
     return folder / "record"
@@ -50,6 +51,19 @@ def test_the_stock_scaling_fault_is_named(stock, tmp_path):
         "gradient_accumulation_steps: 1 / 4",
         "per_device_train_batch_size: 16 / 4",
     ]
+
+
+def test_a_script_that_resumes_goes_on_in_its_record(stock, tmp_path):
+    home = tmp_path / "stopped"
+    shutil.copytree(stock[1].parent, home)
+    shutil.rmtree(home / "out" / "checkpoint-4")
+    folder = record(home, "python", SCRIPTS / "stock_trainer.py", home / "out", 16, 1, options=["--resumed"])
+    found = Trajectory.load(folder)
+    assert (found.resumed_at, [step.step for step in found.steps], found.finished) == ([2], [1, 2, 3, 4], True)
+    kinds = [json.loads(line)["kind"] for line in (folder / "trajectory.jsonl").read_text().splitlines()]
+    assert (kinds.count("header"), kinds.count("resume"), kinds.count("step")) == (1, 1, 4 + 2)
+    code, output = compare(stock[1], folder, "--tolerance", "bitwise")
+    assert code == 0, output
 
 
 def test_a_record_equals_itself_and_a_tolerance_can_be_given(stock, tmp_path):

@@ -46,26 +46,27 @@ def differences(a: Trajectory, b: Trajectory, tolerance: Tolerance, same_split: 
     if not pairs:
         yield Difference(0, "steps", len(a.steps), len(b.steps))
         return
-    same_groups = a.groups == b.groups
+    same_groups, made = a.groups == b.groups, evaluations(a, b)
     same_split_seen = pairs[0][0].sizes == pairs[0][1].sizes and a.world_size == b.world_size
     for place, (ours, theirs) in enumerate(pairs):
         yield from _fed_differences(ours, theirs, same_split)
         if place == 0 and a.steps[0].step == b.steps[0].step:
             yield from _mapping_differences(0, "initial_weights", a.initial_weights, b.initial_weights)
-        yield from _computed_differences(ours, theirs, tolerance, same_split_seen, same_groups)
+        if same_split_seen and not tolerance.holds(ours.loss, theirs.loss) and math.isfinite(theirs.loss):
+            yield from _rng_differences(pairs[place:])  # in itself no difference: nothing may have drawn from it
+        yield from _computed_differences(ours, theirs, tolerance, same_groups)
         yield from _rate_differences(a, b, ours, theirs)
         if place == 0:
             yield from _mapping_differences(0, "weight_decay", a.weight_decay, b.weight_decay)
             yield from _optimizer_differences(a.optimizer, b.optimizer, tolerance)
         if tolerance.bitwise and ours.step in a.weights and ours.step in b.weights:
             yield from _mapping_differences(ours.step, "weights", a.weights[ours.step], b.weights[ours.step])
-        yield from _evaluation_differences(ours.step, a, b, tolerance)
+        yield from _evaluation_differences(ours.step, made, tolerance)
     last = a.steps[-1].step
     if last != b.steps[-1].step:
         yield Difference(min(last, b.steps[-1].step) + 1, "steps", last, b.steps[-1].step)
-    made = [len(found) for found in evaluations(a, b)]
-    if made[0] != made[1] and not _unseen(a, b, "evaluations"):
-        yield Difference(last, "evaluations", *made)
+    if len(made[0]) != len(made[1]) and not _unseen(a, b, "evaluations"):
+        yield Difference(last, "evaluations", *map(len, made))
     if a.finished and b.finished:
         yield from _unchanged_weights(last, a, b)
         if tolerance.bitwise and not _unseen(a, b, "optimizer_state"):
@@ -94,16 +95,19 @@ def _fed_differences(a: Step, b: Step, same_split: bool) -> Iterator[Difference]
         yield Difference(a.step, "micro_batches", a.sizes, b.sizes)
 
 
-def _computed_differences(
-    a: Step, b: Step, tolerance: Tolerance, same_split: bool, same_groups: bool
-) -> Iterator[Difference]:
+def _rng_differences(pairs: list[tuple[Step, Step]]) -> Iterator[Difference]:
+    """The generators' states after the first of these steps, or where both runs next look: a difference stays."""
+    states = ((a.rng, b.rng) for a, b in pairs if a.rng is not None and b.rng is not None)
+    ours, theirs = next(states, (None, None))
+    if ours != theirs:
+        yield Difference(pairs[0][0].step, "rng", ours, theirs)
+
+
+def _computed_differences(a: Step, b: Step, tolerance: Tolerance, same_groups: bool) -> Iterator[Difference]:
     """What the step computed, up to the gradient that the optimizer gets."""
-    same_loss = tolerance.holds(a.loss, b.loss)
-    if same_split and a.rng != b.rng and not same_loss and math.isfinite(b.loss):
-        yield Difference(a.step, "rng", a.rng, b.rng)  # in itself no difference: nothing may have drawn from it
     if not _same_denominator(a.denominator, b.denominator):
         yield Difference(a.step, "denominator", a.denominator, b.denominator)
-    if not same_loss:
+    if not tolerance.holds(a.loss, b.loss):
         yield Difference(a.step, "loss", a.loss, b.loss)
     if a.grad_norm is not None and b.grad_norm is not None and not tolerance.holds(a.grad_norm, b.grad_norm):
         yield Difference(a.step, "grad_norm", a.grad_norm, b.grad_norm)
@@ -196,9 +200,11 @@ def without_gradient(reference: Trajectory) -> set[str]:
     return {name for name, scale in reference.gradient_scale.items() if scale <= IDLE * largest}
 
 
-def _evaluation_differences(step: int, a: Trajectory, b: Trajectory, tolerance: Tolerance) -> Iterator[Difference]:
+def _evaluation_differences(
+    step: int, made: tuple[list[Evaluation], list[Evaluation]], tolerance: Tolerance
+) -> Iterator[Difference]:
     """In the evaluations that the reference made after `step`."""
-    for place, (ours, theirs) in enumerate(zip(*evaluations(a, b), strict=False), start=1):
+    for place, (ours, theirs) in enumerate(zip(*made, strict=False), start=1):
         if ours.step == step and theirs.step != step:
             yield Difference(min(step, theirs.step), "evaluations", f"after step {step}", f"after step {theirs.step}")
         elif ours.step == step:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
 IGNORED = -100
-SMALL = 1 << 16  # bytes of a micro-batch
+SMALL = 1 << 13  # elements of a micro-batch
 Rows = dict[str, Tensor] | Tensor
 _AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -77,9 +77,11 @@ def kept_rows(batch: Any) -> Rows:
     A copy costs a fraction of the hashes in the midst of training, and many batches are hashed at the price of one.
     """
     columns = _columns(batch)
-    if sum(column.nbytes for column in columns.values()) > SMALL:
+    if sum(map(Tensor.numel, columns.values())) > SMALL:
         return row_digests(columns)
-    return {name: column.detach().clone() for name, column in columns.items()}
+    return {
+        name: column.detach().clone() if column.requires_grad else column.clone() for name, column in columns.items()
+    }
 
 
 def as_text(batches: list[Rows]) -> list[tuple[str, str]]:
@@ -119,8 +121,8 @@ def _columns(batch: Any) -> dict[str, Tensor]:
         batch if isinstance(batch, Mapping) else dict(enumerate(batch if isinstance(batch, list | tuple) else [batch]))
     )
     found = {str(name): value for name, value in named.items() if isinstance(value, Tensor) and value.ndim}
-    rows = max((value.shape[0] for value in found.values()), default=0)
-    return {name: found[name] for name in sorted(found) if found[name].shape[0] == rows}
+    rows = max(map(len, found.values()), default=0)
+    return {name: found[name] for name in sorted(found) if len(found[name]) == rows}
 
 
 def _integers(values: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """Writes the record of a run while it trains: a few tensor operations a step, and every so many steps some lines.
 
 A training path tells the `Recorder` of the run's beginning, of every optimizer step, of every evaluation and of the
-end. Nothing waits for the device, and ranks do not meet, but where lines are written (every 16 steps, and with every
-evaluation and checkpoint).
+end. Nothing waits for the device, and ranks do not meet, but where lines are written (after 16 steps, then once a second
+or every 64 steps, and with every evaluation and checkpoint).
 """
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from trainer_ext.parity.environment import code, environment
 from trainer_ext.parity.settling import Pending, gradient_norms, joined, json_number, random_states, settled, sharding
 from trainer_ext.parity.trajectory import LINES, SCHEMA, WEIGHTS, Trajectory
 
-STEPS_BETWEEN_WRITES = 16
+FIRST_STEPS = 16  # before the first lines are written
+STEPS_BETWEEN_LOOKS = 64
+MOST_STEPS_BETWEEN_WRITES, SECONDS_BETWEEN_WRITES = 64, 1.0
 STEPS_BETWEEN_DIGESTS = 500
 # Of a parameter group: recorded elsewhere, or which kernel computes the same thing.
 NOT_SETTINGS = ("params", "lr", "initial_lr", "weight_decay", "foreach", "fused", "capturable", "differentiable")
@@ -50,7 +53,7 @@ class Recorder:
     ) -> None:
         self.path, self.header, self.keep_weights = path, header or {}, keep_weights
         self.folder = Path(folder) if folder is not None else None
-        self.steps = 0
+        self.steps = self._began_at = 0
         self._lines: list[dict[str, Any]] = []
         self._pending: list[Pending] = []
         self._norms: list[list[Tensor]] | None = None
@@ -72,7 +75,8 @@ class Recorder:
             runs_on: What the run stands on; by default this process alone.
             resumed_at: The steps that were taken before, where this run goes on from a checkpoint.
         """
-        self._model, self.steps = model, resumed_at
+        self._model, self.steps, self._began_at = model, resumed_at, resumed_at
+        self._steps_to_write, self._written_at = FIRST_STEPS, time.monotonic()
         weights = digests(dict(full_parameters(model)))
         if not (resumed_at and self._goes_on()):
             self._start()
@@ -96,9 +100,7 @@ class Recorder:
         if not self._rates:
             self._describe(optimizer, groups)
         self._rates = [group["lr"] for group in optimizer.param_groups]
-        step = self.steps + 1
-        wanted = step <= STEPS_BETWEEN_WRITES or step % STEPS_BETWEEN_WRITES == 0  # they cost as much as all the rest
-        self._norms = gradient_norms(optimizer) if wanted and groups is None else None
+        self._norms = gradient_norms(optimizer) if groups is None and self._looks_closely(self.steps + 1) else None
 
     def step(
         self,
@@ -122,10 +124,10 @@ class Recorder:
     ) -> None:
         """The same, of what `kept_rows` kept of each micro-batch, and of the micro-batches' parts of the loss."""
         rates = self._rates if learning_rates is None else learning_rates
-        step = Pending(rows, denominator, losses, grad_norm, self._norms, rates, random_states())
-        self._pending.append(step)
         self.steps += 1
-        if len(self._pending) == STEPS_BETWEEN_WRITES:
+        rng = random_states() if self._looks_closely(self.steps) else None
+        self._pending.append(Pending(rows, denominator, losses, grad_norm, self._norms, rates, rng))
+        if len(self._pending) >= self._steps_to_write:
             self.flush()
         if self.steps % STEPS_BETWEEN_DIGESTS == 0:
             self.weights()
@@ -193,14 +195,17 @@ class Recorder:
         """Write the steps that are not written; ranks meet here."""
         if not self._pending:
             return
-        everyones: list[Any] = [settled(self._pending)]
+        everyones: list[Any] = [(time.monotonic() - self._written_at, settled(self._pending))]
         if _world_size() > 1:
             own, everyones = everyones[0], [None] * _world_size()
             dist.all_gather_object(everyones, own)
+        slowest = max(seconds for seconds, _ in everyones)  # of all ranks: they meet again after as many steps
+        a_while = int(SECONDS_BETWEEN_WRITES * len(self._pending) / slowest)
+        self._steps_to_write = min(max(a_while, 1), MOST_STEPS_BETWEEN_WRITES)
         first = self.steps - len(self._pending) + 1
-        steps = [joined(ranks, self._shards) for ranks in zip(*everyones, strict=True)]
+        steps = [joined(ranks, self._shards) for ranks in zip(*(steps for _, steps in everyones), strict=True)]
         self._write(*({"kind": "step", "step": first + place, **step} for place, step in enumerate(steps)))
-        self._pending = []
+        self._pending, self._written_at = [], time.monotonic()
 
     def _describe(self, optimizer: Optimizer, groups: list[list[nn.Parameter]] | None) -> None:
         """The `begin` line's second half, once the optimizer is seen."""
@@ -224,6 +229,10 @@ class Recorder:
         own = self._names()
         if any(parameter in own for group in optimizer.param_groups for parameter in group["params"]):
             self.optimizer(optimizer)
+
+    def _looks_closely(self, step: int) -> bool:
+        """Whether to take what costs as much as all the rest: the groups' norms and the random state."""
+        return step - self._began_at <= FIRST_STEPS or step % STEPS_BETWEEN_LOOKS == 0
 
     def _names(self) -> dict[Tensor, str]:
         assert self._model is not None

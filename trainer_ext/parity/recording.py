@@ -56,14 +56,14 @@ class TrainerRecorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._rows, self._losses = [], []
+        self._optimizer = base_optimizer(self.trainer.optimizer)
         found = runs_on(self.trainer)
         on = {name: getattr(found, name) for name in RUNS_ON}
         self.recorder.begin(self._model(), runs_on=on, resumed_at=state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        optimizer = base_optimizer(self.trainer.optimizer)
         engines = self.trainer.is_deepspeed_enabled
-        self.recorder.optimizer(optimizer, parameter_groups(self.trainer) if engines else None)
+        self.recorder.optimizer(self._optimizer, parameter_groups(self.trainer) if engines else None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.recorder.step_of_rows(self._rows, self._denominator, self._losses, self._grad_norm)
@@ -73,7 +73,7 @@ class TrainerRecorder(TrainerCallback):
         self.recorder.weights()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.recorder.end(base_optimizer(self.trainer.optimizer))
+        self.recorder.end(self._optimizer)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
@@ -117,7 +117,7 @@ class TrainerRecorder(TrainerCallback):
         self._denominator = total if exact else None
 
     def _saw_loss(self, result: Any, args: Any, kwargs: Any) -> None:
-        self._losses.append(result.detach())
+        self._losses.append(result.detach() if result.requires_grad else result)
 
     def _saw_norm(self, result: Any, args: Any, kwargs: Any) -> None:
         self._grad_norm = result

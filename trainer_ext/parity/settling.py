@@ -24,7 +24,7 @@ class Pending:
     grad_norm: Any
     norms: list[list[Tensor]] | None
     learning_rates: list[Any]
-    rng: list[Tensor]
+    rng: list[Tensor] | None
 
 
 def gradient_norms(optimizer: Optimizer) -> list[list[Tensor]]:
@@ -75,11 +75,10 @@ def _squared_norms(steps: list[list[list[Tensor]] | None]) -> list[list[float] |
 
 
 def _settled_step(step: Pending, texts: list[tuple[str, str]], squares: list[float] | None) -> dict[str, Any]:
-    state = hashlib.blake2b(b"".join(state.numpy().tobytes() for state in step.rng), digest_size=8)
     return {
         "rows": [inputs for inputs, _ in texts],
         "labels": [labels for _, labels in texts],
-        "rng": state.hexdigest(),
+        "rng": step.rng and _hashed(b"".join(state.numpy().tobytes() for state in step.rng)),
         "denominator": None if step.denominator is None else float(step.denominator),
         "loss": float(sum(step.losses)),
         "grad_norm": None if step.grad_norm is None else float(step.grad_norm),
@@ -107,13 +106,17 @@ def joined(ranks: tuple[dict[str, Any], ...], shards: tuple[bool, int]) -> dict[
         "rows": "".join(texts["rows"]),
         "labels": "".join(texts["labels"]),
         "sizes": [len(text) // 8 for text in texts["rows"]],
-        "rng": states[0] if len(states) == 1 else hashlib.blake2b("".join(states).encode(), digest_size=8).hexdigest(),
+        "rng": states[0] if len(states) == 1 or states[0] is None else _hashed("".join(states).encode()),
         "denominator": json_number(first["denominator"]),
         "loss": json_number(sum(rank["loss"] for rank in ranks) / len(ranks)),
         "grad_norm": json_number(first["grad_norm"]),
         "group_norms": squares and [json_number(math.sqrt(s) if s >= 0 else s) for s in squares],
         "learning_rates": first["learning_rates"],
     }
+
+
+def _hashed(state: bytes) -> str:
+    return hashlib.blake2b(state, digest_size=8).hexdigest()
 
 
 def json_number(value: float | None) -> float | str | None:

@@ -38,12 +38,13 @@ class Step:
             show in them.
         labels: The same of the rows' labels.
         sizes: The rows of each micro-batch, in the same order: each rank's first, then each rank's second.
-        rng: Digest of the random generators' states after the step.
+        rng: Digest of the random generators' states after the step, in the first 16 steps after the start or a resume
+            and in every 64th; else None.
         denominator: What the step's summed loss was divided by; None where the path does not say.
         loss: The step's loss, as the path itself reports it.
         grad_norm: The gradient's norm before clipping; None where the path does not say, as DeepSpeed without ZeRO.
-        group_norms: The norm of each parameter group's gradient as the optimizer got it, after clipping, in the first
-            16 steps and every 16th after them; None else, and under DeepSpeed, which keeps its gradients to itself.
+        group_norms: The norm of each parameter group's gradient as the optimizer got it, after clipping, in the same
+            steps as `rng`; None else, and under DeepSpeed, which keeps its gradients to itself.
         learning_rates: The rate of every parameter group, as the step was taken with it.
     """
 
@@ -51,7 +52,7 @@ class Step:
     rows: str
     labels: str
     sizes: list[int]
-    rng: str
+    rng: str | None
     denominator: float | None
     loss: float
     grad_norm: float | None

@@ -1,10 +1,15 @@
-"""A script that knows nothing of trainer_ext: the stock Trainer. `stock_trainer.py OUTPUT MICRO_BATCH ACCUMULATION`."""
+"""A script that knows nothing of trainer_ext: the stock Trainer. `stock_trainer.py OUTPUT MICRO_BATCH ACCUMULATION`.
 
+It saves every second step, and goes on from the last checkpoint that it finds in OUTPUT.
+"""
+
+import os
 import sys
 
 import torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 output, micro_batch, accumulation = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 torch.manual_seed(0)
@@ -28,10 +33,12 @@ arguments = TrainingArguments(
     gradient_accumulation_steps=accumulation,
     max_steps=4,
     learning_rate=1e-3,
-    save_strategy="no",
+    save_strategy="steps",
+    save_steps=2,
     report_to="none",
     use_cpu=True,
     disable_tqdm=True,
 )
 if __name__ == "__main__":
-    Trainer(model, arguments, train_dataset=data).train()
+    last = get_last_checkpoint(output) if os.path.isdir(output) else None
+    Trainer(model, arguments, train_dataset=data).train(resume_from_checkpoint=last)

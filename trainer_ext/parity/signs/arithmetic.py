@@ -27,14 +27,14 @@ def weights_differ(e: Evidence) -> str | None:
 
 
 def draws_nothing(e: Evidence) -> str | None:
-    idle = [any(x.rng == y.rng for x, y in pairwise(run.steps)) for run in (e.a, e.b)]
+    idle = [any(x.rng == y.rng is not None for x, y in pairwise(run.steps)) for run in (e.a, e.b)]
     if idle[0] != idle[1]:
         return f"The {'candidate' if idle[1] else 'reference'} draws no random number between two steps"
     return None
 
 
 def same_but_rng(e: Evidence) -> str | None:
-    return f"Rows and weights are equal, the generator's state in step {e.at} is not"
+    return f"Rows and weights are equal, the generator's state from step {e.at} on is not"
 
 
 def not_finite(e: Evidence) -> str | None:

@@ -116,6 +116,19 @@ def only_metrics(e: Evidence) -> str | None:
     return f"The weights agree; {e.difference.candidate} instead of {e.difference.reference}"
 
 
+def last_not_evaluated(e: Evidence) -> str | None:
+    ours, theirs = ([one.step for one in made] for made in evaluations(e.a, e.b))
+    last = max(step.step for step in e.a.steps)
+    if abs(len(ours) - len(theirs)) == 1 and set(ours) ^ set(theirs) == {last}:
+        return f"The {'reference' if last in ours else 'candidate'} alone evaluates after step {last}, the last"
+    return None
+
+
+def evaluated_elsewhere(e: Evidence) -> str | None:
+    ours, theirs = (shortened(", ".join(str(one.step) for one in made) or "none") for made in evaluations(e.a, e.b))
+    return f"Evaluations after steps {ours} and {theirs}"
+
+
 def steps_differ(e: Evidence) -> str | None:
     return (
         f"It ends after step {e.difference.candidate} instead of {e.difference.reference}; the steps of both are equal"
