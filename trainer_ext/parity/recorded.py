@@ -1,4 +1,4 @@
-"""What `parity record` puts before a script: the process becomes the script, and its training is recorded.
+"""`parity record`: a command is started with this module before its script, becomes the script, and records it.
 
     LAUNCHER .. -m trainer_ext.parity.recorded SCRIPT ARGUMENTS..
 
@@ -7,11 +7,47 @@ the folder that the environment names.
 """
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from trainer_ext.rehearsal.launch import parse
+
 RECORDING = "TRAINER_EXT_RECORD"  # the record's folder
+
+
+def record(words: list[str], folder: Path, *, resumed: bool = False) -> int:
+    """Run a command with its training recorded into `folder`, new or, of a run that goes on, its record; the exit code.
+
+    Raises:
+        ValueError: It is no launch of a Python script, `folder` is taken, or nothing was trained.
+    """
+    from trainer_ext.parity.trajectory import LINES
+
+    launch, lines = parse(words), folder / LINES
+    if resumed and not lines.is_file():
+        raise ValueError(f"--resumed: {folder} has no {LINES} to go on with.")
+    if not resumed and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"--output {folder} is taken: name a new folder, or pass --resumed where the command resumes the run of that "
+            "record."
+        )
+    before = lines.stat().st_size if resumed else 0
+    inner = ["trainer_ext.parity.recorded", *launch.script, *launch.arguments]
+    module = (
+        ["-m", *inner] if launch.launcher is None else ["-m", launch.launcher, *launch.options, "--module", *inner]
+    )
+    here = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    variables = {**os.environ, **launch.environment, RECORDING: str(folder.resolve()), "PYTHONPATH": here}
+    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", "")])
+    code = subprocess.run([sys.executable, *module], env=variables).returncode
+    if code == 0 and not (lines.is_file() and lines.stat().st_size > before):
+        raise ValueError(
+            f"{' '.join(words)} trained nothing that could be recorded: a `Trainer`, or a loop that calls an Accelerator's "
+            "prepare, backward and its optimizer's step."
+        )
+    return code
 
 
 def main() -> None:

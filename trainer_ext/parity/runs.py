@@ -1,9 +1,6 @@
-"""What the `parity` commands do: run the matrix, measure its noise, record a command, compare two records."""
+"""What the `parity` commands do: run the matrix, measure its noise, compare two records."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,10 +16,8 @@ from trainer_ext.parity.comparison import compare
 from trainer_ext.parity.matrix import Matrix, Row
 from trainer_ext.parity.modes import Mode, find_mode
 from trainer_ext.parity.progress import progress_over
-from trainer_ext.parity.recorded import RECORDING
 from trainer_ext.parity.tolerance import BITWISE, ROUNDING, Tolerance, rounding_of
-from trainer_ext.parity.trajectory import LINES, Trajectory
-from trainer_ext.rehearsal.launch import parse
+from trainer_ext.parity.trajectory import Trajectory
 from trainer_ext.task import TaskParser, prepare_task
 
 
@@ -123,37 +118,6 @@ def calibrate(planned: Plan, folder: Path) -> None:
         f"that a weight can have gone. Written to {path}",
         markup=False,
     )
-
-
-def record(words: list[str], folder: Path, *, resumed: bool = False) -> int:
-    """Run a command with its training recorded into `folder`, new or, of a run that goes on, its record; the exit code.
-
-    Raises:
-        ValueError: It is no launch of a Python script, `folder` is taken, or nothing was trained.
-    """
-    launch, lines = parse(words), folder / LINES
-    if resumed and not lines.is_file():
-        raise ValueError(f"--resumed: {folder} has no {LINES} to go on with.")
-    if not resumed and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
-            f"--output {folder} is taken: name a new folder, or pass --resumed where the command resumes the run of that "
-            "record."
-        )
-    before = lines.stat().st_size if resumed else 0
-    inner = ["trainer_ext.parity.recorded", *launch.script, *launch.arguments]
-    module = (
-        ["-m", *inner] if launch.launcher is None else ["-m", launch.launcher, *launch.options, "--module", *inner]
-    )
-    here = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-    variables = {**os.environ, **launch.environment, RECORDING: str(folder.resolve()), "PYTHONPATH": here}
-    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", "")])
-    code = subprocess.run([sys.executable, *module], env=variables).returncode
-    if code == 0 and not (lines.is_file() and lines.stat().st_size > before):
-        raise ValueError(
-            f"{' '.join(words)} trained nothing that could be recorded: a `Trainer`, or a loop that calls an Accelerator's "
-            "prepare, backward and its optimizer's step."
-        )
-    return code
 
 
 def compare_records(a: Path, b: Path, tolerance: str, folder: Path | None, *, command: list[str]) -> bool:
