@@ -116,7 +116,7 @@ def test_an_import_path_is_found(separator):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("dise", "Choices: cross_entropy, model, or an import path"),
+        ("dise", "Choices: asymmetric, bce, cross_entropy, .*, model, or an import path"),
         ("no_such_module:loss", "cannot import it"),
         ("torch.nn.functional:no_such_loss", "cannot import it"),
         ("torch.nn.functional:cross_entropy", "has a method denominator"),

@@ -3,9 +3,19 @@
 from trainer_ext.losses.class_weights import class_weights
 from trainer_ext.losses.contract import ConfiguredLoss, Loss, LossTerms, check_loss, import_loss
 from trainer_ext.losses.cross_entropy import cross_entropy
+from trainer_ext.losses.elementwise import asymmetric, bce, huber, mse
+from trainer_ext.losses.focal import focal
+from trainer_ext.losses.long_tail import ldam, logit_adjusted
 
 LOSSES: dict[str, Loss] = {
+    "asymmetric": asymmetric,
+    "bce": bce,
     "cross_entropy": cross_entropy,
+    "focal": focal,
+    "huber": huber,
+    "ldam": ldam,
+    "logit_adjusted": logit_adjusted,
+    "mse": mse,
 }
 
 __all__ = [

@@ -142,6 +142,21 @@ def full_precision(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
+class ClassLoss:
+    """The denominator of a loss that goes by one class an item: the sum of the items' weights."""
+
+    def denominator(
+        self,
+        labels: Tensor,
+        *,
+        class_weights: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Scalar, float64 where the device has it: the sum of the weights of the labels that count."""
+        return item_weights(labels, class_weights, ignore_index, sample_weights).sum()
+
+
 def import_loss(path: str) -> Loss:
     """The loss that an import path names, such as `my_package.losses:dice`.
 

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer_ext.losses.contract import IGNORE_INDEX, LossTerms, full_precision, item_weights
+from trainer_ext.losses.contract import IGNORE_INDEX, ClassLoss, LossTerms, full_precision, item_weights
 
 
-class CrossEntropy:
+class CrossEntropy(ClassLoss):
     """Weighted cross-entropy for one label an item: sequences, tokens, images."""
 
     def __call__(
@@ -63,17 +63,6 @@ class CrossEntropy:
             labels, class_weights=class_weights, ignore_index=ignore_index, sample_weights=sample_weights
         )
         return LossTerms(numerator, denominator)
-
-    def denominator(
-        self,
-        labels: Tensor,
-        *,
-        class_weights: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
-        sample_weights: Tensor | None = None,
-    ) -> Tensor:
-        """Scalar, float64 where the device has it: the sum of the weights of the labels that count."""
-        return item_weights(labels, class_weights, ignore_index, sample_weights).sum()
 
 
 cross_entropy = CrossEntropy()
