@@ -8,6 +8,7 @@ from datasets import Value
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForPreTraining,
     BertForQuestionAnswering,
     GPT2Config,
     GPT2LMHeadModel,
@@ -152,13 +153,30 @@ def test_a_causal_language_model_is_exact(trainer):
     assert_same(split, whole, 1e-5)
 
 
-def test_a_head_without_labels_is_a_mean_of_means_and_says_so(trainer):
-    """Question answering goes by start and end positions: equal micro-batches are exact, and a warning tells."""
+def test_both_ends_of_an_answer_are_counted(trainer):
+    """Question answering; answers outside the text do not count, and fall unequally on the micro-batches."""
     torch.manual_seed(0)
     model = BertForQuestionAnswering(BertConfig(**SIZES, hidden_dropout_prob=0, attention_probs_dropout_prob=0))
     data = rows(16).remove_columns("labels")
-    data = data.add_column("start_positions", [i % 8 for i in range(16)])
-    data = data.add_column("end_positions", [7 - i % 8 for i in range(16)])
+    outside = torch.randperm(16, generator=torch.Generator().manual_seed(42)).tolist()[:3]  # all in the first four
+    data = data.add_column("start_positions", [8 if i in outside else i % 8 for i in range(16)])
+    data = data.add_column("end_positions", [8 if i in outside else 7 - i % 8 for i in range(16)])
+    whole = first_step(trainer, model=model, data=data, batch=16, accumulation=1)
+    split = first_step(trainer, model=model, data=data, batch=4, accumulation=4)
+    assert_same(split, whole, 1e-5)
+    own = model.train()(**default_data_collator(list(data)))
+    own.loss.backward()
+    assert_same(
+        whole, (own.loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}), 1e-5
+    )
+
+
+def test_a_head_with_two_kinds_of_labels_is_a_mean_of_means_and_says_so(trainer):
+    """Pretraining BERT goes by two columns of labels: equal micro-batches are exact, and a warning tells."""
+    torch.manual_seed(0)
+    model = BertForPreTraining(BertConfig(**SIZES, hidden_dropout_prob=0, attention_probs_dropout_prob=0))
+    data = rows(16)
+    data = data.rename_column("labels", "next_sentence_label").add_column("labels", data["input_ids"])
     with pytest.warns(UserWarning, match="mean of the micro-batches' means"):
         whole = first_step(trainer, model=model, data=data, batch=16, accumulation=1)
     with pytest.warns(UserWarning, match="exact where they are of one size"):
@@ -233,7 +251,7 @@ def test_a_denominator_other_than_announced_is_an_error(arguments):
     run = CustomTrainer(
         model=tiny_model(), args=arguments(), train_dataset=rows(), data_collator=default_data_collator, loss=Liar()
     )
-    with pytest.raises(RuntimeError, match="other|off every one announced"):
+    with pytest.raises(ValueError, match=r"Liar came with the denominator 16, and its denominator\(\) says 8"):
         run.train()
 
 

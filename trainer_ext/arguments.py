@@ -33,20 +33,27 @@ class CustomTrainingArguments(TrainingArguments):
             "does. Off here: a loss that is not finite is logged as it is."
         },
     )
-    loss: str | None = field(
+    loss: str | dict[str, float] | None = field(
         default=None,
         metadata={
-            "help": "The loss: a name in trainer_ext.LOSSES, `model` (the head's own), or an import path such as "
-            "my_package.losses:dice. Default: cross_entropy where the model classifies, else model."
+            "help": "The loss: a name in trainer_ext.LOSSES, `model` (the head's own), an import path such as "
+            "my_package.losses:dice, or a JSON object from name to weight, a sum of losses "
+            '(\'{"cross_entropy": 1, "focal": 0.5}\'). Default: cross_entropy where the model classifies, else model.'
         },
     )
     loss_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Options of the loss, as JSON: '{\"label_smoothing\": 0.1}'."}
+        default=None,
+        metadata={
+            "help": "Options of the loss, as JSON: '{\"label_smoothing\": 0.1}'; of a sum, by its parts' names. Of every "
+            "loss with class weights: reweight_after, the share of training after which they count; class_counts, "
+            "where the training labels cannot be counted."
+        },
     )
     class_weights: list[float] | str | dict[str, float] | None = field(
         default=None,
         metadata={
-            "help": "The weight of each class in the loss: `balanced` (from the training labels), a JSON list with "
+            "help": "The weight of each class in the loss: `balanced`, `effective_number` or `inverse_sqrt` (from the "
+            "training labels), a JSON list with "
             'one number a class ("[1.0, 2.5]"), or a JSON object from label to weight (\'{"1": 2.5}\').'
         },
     )
@@ -56,6 +63,10 @@ class CustomTrainingArguments(TrainingArguments):
             "help": "What the weighted sum is divided by: `weighted_mean`, the sum of the weights (as PyTorch), or "
             "`mean`, the number of items."
         },
+    )
+
+    sample_weight_column: str | None = field(
+        default=None, metadata={"help": "The dataset's column with the weight of each row in the loss."}
     )
 
     def __post_init__(self) -> None:
@@ -68,16 +79,21 @@ class CustomTrainingArguments(TrainingArguments):
             findings.append(f"learning_rate={self.learning_rate} must be a finite number, 0 or more")
         if not (self.max_steps > 0 or self.num_train_epochs >= 0):
             findings.append(f"num_train_epochs={self.num_train_epochs} must be 0 or more where max_steps is not given")
-        if isinstance(self.class_weights, str) and self.class_weights.lstrip().startswith(("[", "{")):
-            try:
-                self.class_weights = json.loads(self.class_weights)
-            except json.JSONDecodeError as error:
-                findings.append(f"class_weights={self.class_weights!r} is not valid JSON: {error}")
+        for name, begins in (("class_weights", ("[", "{")), ("loss", ("{",))):
+            value = getattr(self, name)
+            if isinstance(value, str) and value.lstrip().startswith(begins):
+                try:
+                    setattr(self, name, json.loads(value))
+                except json.JSONDecodeError as error:
+                    findings.append(f"{name}={value!r} is not valid JSON: {error}")
         if self.loss_kwargs is not None and not isinstance(self.loss_kwargs, dict):
             findings.append(f"loss_kwargs={self.loss_kwargs!r} must be a dict, or a JSON object on the command line")
         if self.loss_reduction not in REDUCTIONS:
             findings.append(f"loss_reduction={self.loss_reduction!r} must be one of {', '.join(REDUCTIONS)}")
-        if self.loss is not None and not isinstance(self.loss, str):
-            findings.append(f"loss={self.loss!r} must be a name or an import path; pass a callable to the trainer")
+        if self.loss is not None and not isinstance(self.loss, str | dict):
+            findings.append(
+                f"loss={self.loss!r} must be a name, an import path or a dict from name to weight; pass a callable to the "
+                "trainer"
+            )
         if findings:
             raise ValueError("; ".join(findings))

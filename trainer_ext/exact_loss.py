@@ -13,20 +13,25 @@ It brings the loss contract (`losses/contract.py`) to any `Trainer` subclass:
    every batch size and every number of ranks.
 """
 
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint
+from transformers.utils import logging
 
-from trainer_ext.loss_setup import configure_loss, shifts_labels
+from trainer_ext.loss_record import check_same_loss, save_loss, weights_table
+from trainer_ext.loss_setup import loss_of_batches
 from trainer_ext.losses.announcement import Announcement
 from trainer_ext.losses.contract import ConfiguredLoss, Loss, LossTerms, divide, exact_dtype
-from trainer_ext.losses.model_head import head_denominator, head_terms
+from trainer_ext.losses.model_head import probe
+from trainer_ext.losses.of_batches import HeadLoss, LogitsLoss, logits_of
 from trainer_ext.repeated_rows import (
     UncountedBatch,
     count_real_rows,
@@ -35,6 +40,8 @@ from trainer_ext.repeated_rows import (
     without_repeated_rows,
 )
 from trainer_ext.samplers import ExactOrderMixin
+
+logger = logging.get_logger(__name__)
 
 
 class ExactLossMixin(ExactOrderMixin):
@@ -91,21 +98,37 @@ class ExactLossMixin(ExactOrderMixin):
             raise ValueError(
                 "compute_loss_func and a loss (loss=, args.loss or args.class_weights) are both given: choose one."
             )
+        if self.compute_loss_func is not None and self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.args.label_smoothing_factor} would be ignored: compute_loss_func computes "
+                "the whole loss. Smooth its labels there."
+            )
         self._loss_argument = loss
         self._configure_loss()
 
     def _configure_loss(self) -> None:
         """Read the loss from the arguments; a class that computes its own has none unless it was asked for."""
-        self.configured_loss: ConfiguredLoss | None = None
+        self._loss: LogitsLoss | HeadLoss = HeadLoss(self.label_names)
+        self._probed = False
+        self._parts: dict[str, Tensor] = {}  # since the last log: what each part of a sum of losses came to
+        self._steps_of_parts = 0
         if not self._loss_is_not_ours() or self._loss_argument or _asked_for_a_loss(self.args):
-            self.configured_loss = configure_loss(
+            self._loss = loss_of_batches(
                 self.args,
                 cast(nn.Module, self.model),
                 loss=self._loss_argument,
+                label_names=self.label_names,
                 train_dataset=self.train_dataset,
                 eval_dataset=self.eval_dataset,
                 data_collator=self.data_collator,
             )
+            if self.configured_loss is not None and self.configured_loss.class_weights is not None:
+                logger.info(f"Class weights:\n{weights_table(self.configured_loss, self.model)}")
+
+    @property
+    def configured_loss(self) -> ConfiguredLoss | None:
+        """The loss over the logits, with its weights and options; None where the model's head or a function computes it."""
+        return self._loss.configured if isinstance(self._loss, LogitsLoss) else None
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
@@ -119,9 +142,14 @@ class ExactLossMixin(ExactOrderMixin):
         if self._loss_is_not_ours():
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = [without_repeated_rows(batch) for batch in islice(epoch_iterator, num_batches)]
-        if not batches or not self._items_can_be_counted(batches[0]):
+        if not batches or not self._loss.counts(batches[0]):
             return batches, None
         batches = whole_window(batches, num_batches)
+        self._steps_of_parts += 1
+        if isinstance(self._loss, LogitsLoss):
+            self._loss.now = self._loss.configured.at(self.state.global_step / max(1, self.state.max_steps))
+        elif not self._probed:
+            self._probe_head(self._loss, batches[0])
         own = self._announcement.make([self._denominator(batch).to(device) for batch in batches])
         total = self._sum_over_ranks(own)
         return batches, total / self._ranks_sharing_a_batch()
@@ -154,9 +182,9 @@ class ExactLossMixin(ExactOrderMixin):
             )
         if self.compute_loss_func is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self._items_can_be_counted(inputs):
+        if not self._loss.counts(inputs):
             return self._mean_of_means(model, inputs, return_outputs)
-        terms, outputs = self._forward(model, inputs)
+        terms, outputs = self._loss.terms(model, inputs)
         if isinstance(inputs, UncountedBatch):
             terms = terms.of_nothing()
         if self._split_sums is not None:
@@ -165,6 +193,8 @@ class ExactLossMixin(ExactOrderMixin):
             self._announcement.hold(terms.denominator, now=self.state.global_step == 0)
             total = torch.as_tensor(num_items_in_batch, device=terms.numerator.device)
             loss = divide(terms.numerator * self._data_parallel_size(), total)
+            if not isinstance(inputs, UncountedBatch):
+                self._add_parts(total)
         else:
             loss = terms.mean()
         if not return_outputs:
@@ -181,6 +211,9 @@ class ExactLossMixin(ExactOrderMixin):
     ) -> EvalLoopOutput:
         """The stock loop, with the loss as `sum(numerators) / sum(denominators)` over the whole split."""
         device, outer = self.args.device, (self._split_sums, self._split_loader)
+        now = self.configured_loss
+        if isinstance(self._loss, LogitsLoss):
+            now, self._loss.now = self._loss.now, self._loss.configured
         sums = self._split_sums = torch.zeros(3, dtype=exact_dtype(device), device=device)
         self._split_loader = dataloader
         try:
@@ -189,68 +222,97 @@ class ExactLossMixin(ExactOrderMixin):
             )
         finally:  # an evaluation may stand inside another, such as a predict() in compute_metrics
             self._split_sums, self._split_loader = outer
+            if isinstance(self._loss, LogitsLoss) and now is not None:
+                self._loss.now = now
         numerator, denominator, batches = self._sum_over_ranks(sums)
         if batches:
             cast(dict[str, float], output.metrics)[f"{metric_key_prefix}_loss"] = divide(numerator, denominator).item()
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The stock log, after a look at whether every denominator was the one announced."""
+        """The stock log with the parts of a sum of losses, after a look at whether every denominator was announced."""
         self._announcement.check()
+        if "loss" in logs and self._parts:
+            sums = self._sum_over_ranks(torch.stack(list(self._parts.values()))) / self.args.world_size
+            steps, self._steps_of_parts = max(1, self._steps_of_parts), 0
+            logs |= {f"loss_{name}": value / steps for name, value in zip(self._parts, sums.tolist(), strict=True)}
+            self._parts = {}
         super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The stock training, after a look at whether the checkpoint to resume was trained with the same loss.
+
+        Raises:
+            ValueError: It was not.
+        """
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(str(self.args.output_dir))
+        if isinstance(folder, str) and not self._loss_is_not_ours():
+            check_same_loss(folder, self.configured_loss)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and not self._loss_is_not_ours():
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            save_loss(folder, self.configured_loss)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        column = getattr(self.args, "sample_weight_column", None)
+        columns = cast(list[str], self._signature_columns)
+        if column is not None and column not in columns:
+            columns.append(column)
 
     def _loss_is_not_ours(self) -> bool:
         return self.compute_loss_func is not None or not self.loss_is_scaled_for_ga
 
-    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[LossTerms, Any]:
-        labels = self._labels(inputs)
-        if self.configured_loss is None:
-            outputs = model(**inputs)
-            mean = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
-            return head_terms(mean, labels, shifted=self._shifts_labels()), outputs
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        return self.configured_loss(_logits(outputs), labels), outputs
-
     def _real_terms(self, model: nn.Module, inputs: dict[str, Any], terms: LossTerms, outputs: Any) -> LossTerms:
         """The terms of an evaluated batch without the rows that its loader repeated."""
-        labels = self._labels(inputs)
-        real = count_real_rows(len(labels), self._split_loader)
-        if real == len(labels):
+        rows = next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
+        real = count_real_rows(rows, self._split_loader)
+        if real == rows:
             return terms
-        if self.configured_loss is not None:
-            return self.configured_loss(_logits(outputs)[:real], labels[:real])
-        found, _ = self._forward(model, first_rows(inputs, max(1, real)))
+        if isinstance(self._loss, LogitsLoss):
+            return self._loss.of_rows(logits_of(outputs), inputs, real)
+        found, _ = self._loss.terms(model, first_rows(inputs, max(1, real)))
         return found if real else found.of_nothing()
 
     def _add_to_split(self, terms: LossTerms) -> None:
         assert self._split_sums is not None
         self._split_sums += torch.stack([*terms, terms.denominator.new_ones(())]).detach().to(self._split_sums)
 
-    def _items_can_be_counted(self, batch: dict[str, Any]) -> bool:
-        """Whether the loss goes by `labels` alone; a head of its own may go by others, by several, or by boxes."""
-        if self.configured_loss is not None:
-            return True
-        given = [name for name in self.label_names if batch.get(name) is not None]
-        return isinstance(batch.get("labels"), Tensor) and len(given) <= 1
+    def _add_parts(self, total: Tensor) -> None:
+        """Note what the parts of a sum of losses come to in this micro-batch."""
+        seen = getattr(self.configured_loss and self.configured_loss.loss, "seen", None) or {}
+        for name, numerator in seen.items():
+            share = divide(numerator * self._data_parallel_size(), total)
+            self._parts[name] = self._parts[name] + share if name in self._parts else share
+
+    def _probe_head(self, loss: HeadLoss, batch: dict[str, Any]) -> None:
+        """Before the first step: whether the head's own loss is a mean over its labels."""
+        self._probed = True
+        base = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self.model_wrapped if self.is_deepspeed_enabled or self.is_fsdp_enabled else base
+        accepted = inspect.signature(base.forward).parameters
+        takes_it = "num_items_in_batch" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+
+        def mean(inputs: dict[str, Any], **told: Any) -> Tensor:
+            return loss.terms(model, {**inputs, **told} if takes_it else inputs)[0].mean()
+
+        half = self.args.bf16 or self.args.fp16
+        with self.compute_loss_context_manager():
+            divides = probe(base, mean, loss.denominator, self._prepare_inputs(batch), half_precision=half)
+        logger.info(
+            f"{type(base).__name__}'s own loss is a mean over its labels, and "
+            f"{'divides by' if divides else 'does not heed'} num_items_in_batch. It is not told: its mean is multiplied by "
+            "the micro-batch's labels and divided by the step's."
+        )
 
     def _denominator(self, batch: dict[str, Any]) -> Tensor:
-        labels = self._labels(batch)
-        if self.configured_loss is None:
-            found = head_denominator(labels, shifted=self._shifts_labels())
-        else:
-            found = self.configured_loss.denominator(labels)
+        found = self._loss.denominator(batch)
         return found * 0 if isinstance(batch, UncountedBatch) else found
-
-    def _labels(self, batch: dict[str, Any]) -> Tensor:
-        if batch.get("labels") is None:
-            raise ValueError(
-                f"the batch has no labels (it has {', '.join(batch)}), and the loss needs them. Name the dataset's label "
-                "column 'label' or 'labels', or use loss='model' for a head that computes its loss from other columns."
-            )
-        return batch["labels"]
-
-    def _shifts_labels(self) -> bool:
-        return shifts_labels(self.accelerator.unwrap_model(self.model))
 
     def _mean_of_means(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """The loss of a head that does not go by `labels`, of which only the micro-batch's mean is known."""
@@ -274,10 +336,6 @@ class ExactLossMixin(ExactOrderMixin):
 
     def _data_parallel_size(self) -> int:
         return self.args.world_size // self._ranks_sharing_a_batch()
-
-
-def _logits(outputs: Any) -> Tensor:
-    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
 
 
 def _says_what_its_loss_is(cls: type) -> bool:

@@ -9,34 +9,45 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from trainer_ext.labels import check_class_labels, has_float_labels, label_column, read_labels
-from trainer_ext.losses import ConfiguredLoss, Loss, check_loss, class_weights, cross_entropy, find_loss
+from trainer_ext.losses import LOSSES, ConfiguredLoss, Loss, WeightedSum, check_loss, class_weights, find_loss
+from trainer_ext.losses.class_weights import label_counts
+from trainer_ext.losses.contract import ClassLoss
+from trainer_ext.losses.of_batches import HeadLoss, LogitsLoss
 
 MODEL_LOSS = "model"
 STANDARD_COLLATORS = (DataCollatorWithPadding, DataCollatorForTokenClassification)
 CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+SEQ2SEQ = frozenset(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values())
+LANGUAGE = CAUSAL | SEQ2SEQ | frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+CHOICES = frozenset(MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values())
 
 
-def configure_loss(
+def loss_of_batches(
     args: Any,
     model: nn.Module,
     *,
     loss: Loss | str | None = None,
+    label_names: list[str] | None = None,
     train_dataset: Any = None,
     eval_dataset: Any = None,
     data_collator: Any = default_data_collator,
-) -> ConfiguredLoss | None:
-    """The loss to train, bound to its weights and options; None where the model's own head computes it.
+) -> LogitsLoss | HeadLoss:
+    """The loss to train: one over the logits, bound to its weights and options, or the model's own.
 
     Args:
         args: `TrainingArguments`; the fields of `CustomTrainingArguments` are used where they are there.
         model: The model; a PEFT wrapper is looked through.
         loss: A loss object or name, which wins over `args.loss`.
-        train_dataset: What `class_weights="balanced"` counts. Its labels are checked, and those of:
+        label_names: The columns that the model takes for labels.
+        train_dataset: Whose classes are counted where weights or the loss ask for it. Its labels are checked, and those of:
         eval_dataset: A dataset, or a dict of them.
         data_collator: One that is not transformers' own may make labels of its own, which are not checked here.
 
@@ -44,39 +55,75 @@ def configure_loss(
         ValueError: The loss is unknown, or its weights, options or the labels do not fit.
     """
     chosen = loss or getattr(args, "loss", None) or default_loss(model, train_dataset)
-    weights = getattr(args, "class_weights", None)
+    weights, column = getattr(args, "class_weights", None), getattr(args, "sample_weight_column", None)
     options = dict(getattr(args, "loss_kwargs", None) or {})
     if chosen == MODEL_LOSS:
         if type(_base_model(model)).__name__.endswith("ForCTC"):
             raise ValueError(
                 "a CTC head's loss is no mean over labels: give it as compute_loss_func, or use the Trainer."
             )
-        _refuse_for_model_loss(class_weights=weights, loss_kwargs=options, label_smoothing=args.label_smoothing_factor)
-        return None
-    found = find_loss(chosen) if isinstance(chosen, str) else check_loss(chosen, getattr(chosen, "__name__", "loss"))
+        smoothing = args.label_smoothing_factor
+        _refuse_for_model_loss(
+            class_weights=weights, loss_kwargs=options, label_smoothing=smoothing, sample_weight_column=column
+        )
+        return HeadLoss(label_names or ["labels"], shifted=shifts_labels(model))
+    found = named_loss(chosen, options)
     if args.label_smoothing_factor:
         if "label_smoothing" in options:
             raise ValueError("label_smoothing_factor and loss_kwargs['label_smoothing'] are both given: choose one.")
         options["label_smoothing"] = args.label_smoothing_factor
-    config = getattr(_base_model(model), "config", None)
-    if found is cross_entropy and (shifts_labels(model) or getattr(config, "is_encoder_decoder", False)):
+    reweight_after = options.pop("reweight_after", 0.0)
+    if not 0 <= reweight_after < 1 or (reweight_after and weights is None):
         raise ValueError(
-            f"loss='cross_entropy' is for classification, and {type(model).__name__} predicts its own labels' next tokens. "
-            "Use loss='model'."
+            f"reweight_after={reweight_after}: the share of training, from 0 to less than 1, after which class_weights "
+            f"count; class_weights is {weights}."
         )
-    num_labels = getattr(config, "num_labels", None)
-    standard = data_collator is default_data_collator or isinstance(data_collator, STANDARD_COLLATORS)
-    if found is cross_entropy and num_labels is not None and standard:
-        _check_datasets(num_labels, train_dataset, eval_dataset)
+    classes, by_class = count_classes(model), goes_by_class(found)
+    if by_class and classes is not None and _is_standard(data_collator):
+        _check_datasets(classes, train_dataset, eval_dataset)
+    counts = options.pop("class_counts", None)
+    if counts is None and by_class and (isinstance(weights, str) or getattr(found, "needs_class_counts", False)):
+        counts = _counted(train_dataset, classes, "class_weights" if isinstance(weights, str) else "the loss").tolist()
     configured = ConfiguredLoss(
         loss=found,
-        class_weights=_weights(weights, num_labels, train_dataset, model),
+        class_weights=_weights(weights, classes, counts, model),
         reduction=getattr(args, "loss_reduction", "weighted_mean"),
         options=options,
+        class_counts=counts,
+        reweight_after=reweight_after,
     )
-    if found is cross_entropy:
-        _try_options(configured, num_labels or 2)
-    return configured
+    ours = found in LOSSES.values() or isinstance(found, WeightedSum)
+    if ours:
+        _try_options(configured, classes or 2, by_class=by_class)
+    base = _base_model(model)
+    decodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return LogitsLoss(
+        configured,
+        shifted=shifts_labels(model),
+        decoder_inputs=getattr(base, "prepare_decoder_input_ids_from_labels", None) if decodes else None,
+        sample_weights=column,
+        proven=ours,
+    )
+
+
+def named_loss(chosen: Any, options: dict[str, Any]) -> Loss:
+    """The loss that a name, an import path, an object, or a dict from name to weight means.
+
+    A dict is a weighted sum, and takes its parts' options, by their names, out of `options`.
+
+    Raises:
+        ValueError: A loss is not known, or is none.
+    """
+    if isinstance(chosen, dict):
+        parts = {name: find_loss(name) for name in chosen}
+        return WeightedSum(parts, chosen, {name: options.pop(name) for name in list(options) if name in parts})
+    return find_loss(chosen) if isinstance(chosen, str) else check_loss(chosen, getattr(chosen, "__name__", "loss"))
+
+
+def goes_by_class(loss: Loss) -> bool:
+    """Whether a loss of `LOSSES` takes one class index an item."""
+    parts = loss.parts.values() if isinstance(loss, WeightedSum) else [loss]
+    return all(isinstance(part, ClassLoss) for part in parts)
 
 
 def default_loss(model: nn.Module, train_dataset: Any = None) -> str:
@@ -108,6 +155,15 @@ def shifts_labels(model: nn.Module) -> bool:
     return causal and not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
 
 
+def count_classes(model: nn.Module) -> int | None:
+    """How many classes the head's last dimension has; None where the model does not say."""
+    base = _base_model(model)
+    config, name = getattr(base, "config", None), type(base).__name__
+    if name in CHOICES or config is None:
+        return None
+    return config.get_text_config().vocab_size if name in LANGUAGE else getattr(config, "num_labels", None)
+
+
 def _base_model(model: nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper; any other model as it is."""
     unwrap: Any = getattr(model, "get_base_model", None)
@@ -123,7 +179,19 @@ def _refuse_for_model_loss(**given: Any) -> None:
         )
 
 
-def _weights(spec: Any, num_labels: int | None, train_dataset: Any, model: nn.Module) -> Tensor | None:
+def _counted(train_dataset: Any, classes: int | None, what: str) -> Tensor:
+    """How often each class occurs in the training split: the same on every rank, since each reads all of it."""
+    labels = None if train_dataset is None else read_labels(train_dataset)
+    if labels is None or classes is None:
+        raise ValueError(
+            f"{what} counts the labels of train_dataset, which is missing, streamed, or has no label column. Give a list "
+            "of weights, or what is known of the classes: loss_kwargs={'class_counts': [n_0, n_1, ..]}."
+        )
+    check_class_labels(labels, classes, "train_dataset")
+    return label_counts(labels, classes)
+
+
+def _weights(spec: Any, num_labels: int | None, counts: Any, model: nn.Module) -> Tensor | None:
     if spec is None:
         return None
     if num_labels is None:
@@ -132,17 +200,12 @@ def _weights(spec: Any, num_labels: int | None, train_dataset: Any, model: nn.Mo
                 f"class_weights={spec!r} needs model.config.num_labels, which this model does not have. Give a list."
             )
         num_labels = len(spec)
-    labels = None
-    if isinstance(spec, str) and train_dataset is not None:
-        labels = read_labels(train_dataset)
-        if labels is None:
-            raise ValueError(
-                f"class_weights={spec!r} counts the labels of train_dataset, which is streamed or has no label column. "
-                "Give the weights as a list."
-            )
-        check_class_labels(labels, num_labels, "train_dataset")
     label2id = getattr(getattr(model, "config", None), "label2id", None)
-    return class_weights(spec, num_labels, labels=labels, label2id=label2id)
+    return class_weights(spec, num_labels, class_counts=counts, label2id=label2id)
+
+
+def _is_standard(data_collator: Any) -> bool:
+    return data_collator is default_data_collator or isinstance(data_collator, STANDARD_COLLATORS)
 
 
 def _check_datasets(num_labels: int, train_dataset: Any, eval_dataset: Any) -> None:
@@ -158,9 +221,10 @@ def _check_datasets(num_labels: int, train_dataset: Any, eval_dataset: Any) -> N
             check_class_labels(labels, num_labels, origin)
 
 
-def _try_options(configured: ConfiguredLoss, num_labels: int) -> None:
+def _try_options(configured: ConfiguredLoss, classes: int, *, by_class: bool) -> None:
     """Call the loss once on nothing much, so that a wrong option is an error now and not at the first step."""
+    labels = torch.zeros(1, dtype=torch.long) if by_class else torch.zeros(1, classes)
     try:
-        configured(torch.zeros(1, num_labels), torch.zeros(1, dtype=torch.long))
+        configured(torch.zeros(1, classes), labels)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"loss_kwargs={dict(configured.options)} do not fit the loss: {error}") from error

@@ -11,7 +11,7 @@ from trainer_ext.losses.model_head import head_denominator, head_terms
 def split_and_whole(model, inputs, labels, *, shifted):
     def terms(part):
         mean = model(**{name: value[part] for name, value in inputs.items()}, labels=labels[part]).loss
-        return head_terms(mean, labels[part], shifted=shifted)
+        return head_terms(mean, head_denominator(labels[part], shifted=shifted))
 
     whole = model(**inputs, labels=labels).loss
     parts = [terms(slice(0, 1)), terms(slice(1, 4)), terms(slice(4, 6))]
@@ -45,7 +45,7 @@ def test_a_head_that_saw_no_label_counts_as_nothing():
     labels = torch.full((2, 8), -100)
     mean = model(input_ids=torch.randint(5, 40, (2, 8)), labels=labels).loss
     assert torch.isnan(mean)
-    terms = head_terms(mean, labels, shifted=False)
+    terms = head_terms(mean, head_denominator(labels, shifted=False))
     terms.numerator.backward()
     assert (terms.numerator.item(), terms.denominator.item()) == (0.0, 0.0)
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())

@@ -58,6 +58,7 @@ def run(arm, seed, task, folder):
         warmup_steps=0.1,
         lr_scheduler_type="linear",
         bf16=True,
+        train_sampling_strategy="group_by_length",
         seed=seed,
         save_strategy="no",
         report_to="none",
@@ -82,8 +83,8 @@ def run(arm, seed, task, folder):
 
 
 @needs_mrpc
-@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("seed", SEEDS)
 def test_an_arm(checkpoint, tmp_path, arm, seed):  # noqa: F811
     task = thinned(prepare_task(TaskArguments(dataset=str(MRPC), model=str(checkpoint))))
     found = {"arm": arm, "seed": seed, "rows": len(task.train), **run(arm, seed, task, tmp_path / "out")}

@@ -6,6 +6,7 @@ from trainer_ext.losses.cross_entropy import cross_entropy
 from trainer_ext.losses.elementwise import asymmetric, bce, huber, mse
 from trainer_ext.losses.focal import focal
 from trainer_ext.losses.long_tail import ldam, logit_adjusted
+from trainer_ext.losses.weighted_sum import WeightedSum
 
 LOSSES: dict[str, Loss] = {
     "asymmetric": asymmetric,
@@ -23,6 +24,7 @@ __all__ = [
     "ConfiguredLoss",
     "Loss",
     "LossTerms",
+    "WeightedSum",
     "check_loss",
     "class_weights",
     "find_loss",

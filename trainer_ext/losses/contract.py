@@ -16,7 +16,7 @@ the gradients add up to the gradient of L(S), however S was split.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -84,23 +84,38 @@ class ConfiguredLoss:
         reduction: `"weighted_mean"` divides by the sum of the weights, as PyTorch does; `"mean"` divides by
             the number of items, so that weights also change the size of the loss.
         options: Further keyword arguments of the loss, such as `label_smoothing`.
+        class_counts: How often each class occurs in training, where it is known; a loss that asks for it gets it.
+        reweight_after: The share of training after which class weights count (Cao et al. 2019, deferred
+            re-weighting); 0, always. Evaluation always uses them.
     """
 
     loss: Loss
     class_weights: Tensor | None = None
     reduction: str = "weighted_mean"
     options: Mapping[str, Any] = field(default_factory=dict)
+    class_counts: list[float] | None = None
+    reweight_after: float = 0.0
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> LossTerms:
-        terms = self.loss(logits, labels, class_weights=self.class_weights, **self.options)
+    def __call__(self, logits: Tensor, labels: Tensor, sample_weights: Tensor | None = None) -> LossTerms:
+        given = {**self.options, "class_weights": self.class_weights}
+        if getattr(self.loss, "needs_class_counts", False):
+            given["class_counts"] = self.class_counts
+        if sample_weights is not None:
+            given["sample_weights"] = sample_weights
+        terms = self.loss(logits, labels, **given)
         if self.reduction == "mean":
-            return LossTerms(terms.numerator, self.denominator(labels))
+            return LossTerms(terms.numerator, self.denominator(labels, sample_weights))
         return terms
 
-    def denominator(self, labels: Tensor) -> Tensor:
+    def denominator(self, labels: Tensor, sample_weights: Tensor | None = None) -> Tensor:
         """Scalar tensor: what `__call__` will return as denominator for these labels."""
         weights = None if self.reduction == "mean" else self.class_weights
-        return self.loss.denominator(labels, class_weights=weights)
+        given: dict[str, Any] = {} if sample_weights is None else {"sample_weights": sample_weights}
+        return self.loss.denominator(labels, class_weights=weights, **given)
+
+    def at(self, progress: float) -> "ConfiguredLoss":
+        """The loss at a point of training, from 0 at its start to 1 at its end."""
+        return self if progress >= self.reweight_after else replace(self, class_weights=None)
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -185,3 +200,40 @@ def check_loss(loss: Callable[..., Any], name: str) -> Loss:
             "trainer_ext.losses.contract.Loss"
         )
     return loss  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def check_terms(loss: ConfiguredLoss, logits: Tensor, labels: Tensor, sample_weights: Tensor | None = None) -> None:
+    """Hold a loss to the contract on one batch: two scalars, additive over rows, the denominator as announced.
+
+    Raises:
+        ValueError: It does not keep it; the message says in what.
+    """
+
+    def part(rows: slice) -> tuple[float, float]:
+        weights = None if sample_weights is None else sample_weights[rows]
+        found = loss(logits[rows], labels[rows], weights)
+        if not (
+            isinstance(found, tuple) and len(found) == 2 and all(torch.is_tensor(t) and t.ndim == 0 for t in found)
+        ):
+            raise ValueError(
+                f"{name} returned {type(found).__name__}; it has to return LossTerms(numerator, denominator), two scalar "
+                "tensors."
+            )
+        announced = loss.denominator(labels[rows], weights)
+        if not abs(float(found[1]) - float(announced)) <= 1e-6 * max(1.0, abs(float(announced))):
+            raise ValueError(
+                f"{name} came with the denominator {float(found[1]):g}, and its denominator() says {float(announced):g} "
+                "for the same labels: a step is divided by what denominator() says."
+            )
+        return float(found[0]), float(found[1])
+
+    name = getattr(loss.loss, "__name__", type(loss.loss).__name__)
+    cut = max(1, len(labels) // 3)
+    whole, *parts = [part(rows) for rows in (slice(None), slice(0, cut), slice(cut, None))]
+    for what, all_rows, first, rest in zip(("numerator", "denominator"), whole, *parts, strict=True):
+        if not abs(all_rows - first - rest) <= 1e-4 * max(abs(all_rows), abs(first), abs(rest)):
+            raise ValueError(
+                f"{name} has no {what} that adds up over rows: {len(labels)} rows have {all_rows:g}, the first {cut} "
+                f"{first:g} and the others {rest:g}. It has to be a sum over items, without a mean in it."
+            )

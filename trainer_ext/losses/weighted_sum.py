@@ -1,0 +1,76 @@
+"""A weighted sum of losses, `sum_k a_k L_k`, as one loss under the contract.
+
+Its parts divide by the same denominator, so their numerators add up:
+
+    numerator    = sum_k a_k numerator_k
+    denominator  = the parts' common one
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer_ext.losses.contract import Loss, LossTerms
+
+
+class WeightedSum:
+    """Several losses of the same logits and labels; what each part came to is logged beside the loss.
+
+    Args:
+        parts: The losses, by the names under which they are logged.
+        weights: The number that multiplies each, by the same names.
+        options: Further keyword arguments of each part, by the same names.
+
+    Raises:
+        ValueError: There are no parts, a weight is not a finite number, or the names differ.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, Loss],
+        weights: Mapping[str, float],
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.parts, self.weights, self.options = dict(parts), dict(weights), dict(options or {})
+        if not self.parts or self.parts.keys() != self.weights.keys() or not self.options.keys() <= self.parts.keys():
+            raise ValueError(
+                f"a sum of losses {list(self.parts)} with weights {self.weights} and options {self.options}: each part "
+                "needs one weight, and options are by the parts' names."
+            )
+        if not torch.tensor([float(w) for w in self.weights.values()]).isfinite().all():
+            raise ValueError(f"a sum of losses with weights {self.weights}: a weight is a finite number.")
+        self.seen: dict[str, Tensor] = {}  # the numerators of the parts in the last call, detached
+        self._agrees = False
+
+    @property
+    def needs_class_counts(self) -> bool:
+        """Whether a part asks how often each class occurs."""
+        return any(getattr(part, "needs_class_counts", False) for part in self.parts.values())
+
+    def __call__(self, logits: Tensor, labels: Tensor, *, class_counts: Any = None, **shared: Any) -> LossTerms:
+        """The two sums over one micro-batch; arguments as the parts take them.
+
+        Raises:
+            ValueError: The parts divide by different denominators.
+        """
+        found: dict[str, LossTerms] = {}
+        for name, part in self.parts.items():
+            counted = {"class_counts": class_counts} if getattr(part, "needs_class_counts", False) else {}
+            found[name] = part(logits, labels, **counted, **shared, **self.options.get(name, {}))
+        denominators = [terms.denominator for terms in found.values()]
+        if not self._agrees:
+            if any(not torch.equal(one, denominators[0]) for one in denominators):
+                raise ValueError(
+                    f"a sum of losses {list(self.parts)}: their denominators are {[float(d) for d in denominators]}, and "
+                    "parts of one sum divide by the same items."
+                )
+            self._agrees = True
+        self.seen = {name: terms.numerator.detach() for name, terms in found.items()}
+        numerator = torch.stack([self.weights[name] * terms.numerator for name, terms in found.items()]).sum()
+        return LossTerms(numerator, denominators[0])
+
+    def denominator(self, labels: Tensor, **shared: Any) -> Tensor:
+        """Scalar: that of every part."""
+        return next(iter(self.parts.values())).denominator(labels, **shared)
