@@ -13,7 +13,6 @@ It brings the loss contract (`losses/contract.py`) to any `Trainer` subclass:
    every batch size and every number of ranks.
 """
 
-import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -26,12 +25,13 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint
 from transformers.utils import logging
 
+from trainer_ext.head_probe import probe_head
 from trainer_ext.loss_record import check_same_loss, save_loss, weights_table
 from trainer_ext.loss_setup import loss_of_batches
 from trainer_ext.losses.announcement import Announcement
 from trainer_ext.losses.contract import ConfiguredLoss, Loss, LossTerms, divide, exact_dtype
-from trainer_ext.losses.model_head import probe
 from trainer_ext.losses.of_batches import HeadLoss, LogitsLoss, logits_of
+from trainer_ext.losses.weighted_sum import PartsSinceTheLog, WeightedSum
 from trainer_ext.repeated_rows import (
     UncountedBatch,
     count_real_rows,
@@ -110,8 +110,7 @@ class ExactLossMixin(ExactOrderMixin):
         """Read the loss from the arguments; a class that computes its own has none unless it was asked for."""
         self._loss: LogitsLoss | HeadLoss = HeadLoss(self.label_names)
         self._probed = False
-        self._parts: dict[str, Tensor] = {}  # since the last log: what each part of a sum of losses came to
-        self._steps_of_parts = 0
+        self._parts = PartsSinceTheLog()
         if not self._loss_is_not_ours() or self._loss_argument or _asked_for_a_loss(self.args):
             self._loss = loss_of_batches(
                 self.args,
@@ -145,11 +144,11 @@ class ExactLossMixin(ExactOrderMixin):
         if not batches or not self._loss.counts(batches[0]):
             return batches, None
         batches = whole_window(batches, num_batches)
-        self._steps_of_parts += 1
         if isinstance(self._loss, LogitsLoss):
             self._loss.now = self._loss.configured.at(self.state.global_step / max(1, self.state.max_steps))
         elif not self._probed:
-            self._probe_head(self._loss, batches[0])
+            self._probed = True
+            probe_head(cast(Trainer, self), self._loss, batches[0])
         own = self._announcement.make([self._denominator(batch).to(device) for batch in batches])
         total = self._sum_over_ranks(own)
         return batches, total / self._ranks_sharing_a_batch()
@@ -193,8 +192,9 @@ class ExactLossMixin(ExactOrderMixin):
             self._announcement.hold(terms.denominator, now=self.state.global_step == 0)
             total = torch.as_tensor(num_items_in_batch, device=terms.numerator.device)
             loss = divide(terms.numerator * self._data_parallel_size(), total)
-            if not isinstance(inputs, UncountedBatch):
-                self._add_parts(total)
+            if self.configured_loss is not None and isinstance(self.configured_loss.loss, WeightedSum):
+                counted = not isinstance(inputs, UncountedBatch)
+                self._parts.add(self.configured_loss.loss, total, step=self.state.global_step, counted=counted)
         else:
             loss = terms.mean()
         if not return_outputs:
@@ -233,10 +233,7 @@ class ExactLossMixin(ExactOrderMixin):
         """The stock log with the parts of a sum of losses, after a look at whether every denominator was announced."""
         self._announcement.check()
         if "loss" in logs and self._parts:
-            sums = self._sum_over_ranks(torch.stack(list(self._parts.values()))) / self.args.world_size
-            steps, self._steps_of_parts = max(1, self._steps_of_parts), 0
-            logs |= {f"loss_{name}": value / steps for name, value in zip(self._parts, sums.tolist(), strict=True)}
-            self._parts = {}
+            logs |= self._parts.means(self._sum_over_ranks)
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -282,33 +279,6 @@ class ExactLossMixin(ExactOrderMixin):
     def _add_to_split(self, terms: LossTerms) -> None:
         assert self._split_sums is not None
         self._split_sums += torch.stack([*terms, terms.denominator.new_ones(())]).detach().to(self._split_sums)
-
-    def _add_parts(self, total: Tensor) -> None:
-        """Note what the parts of a sum of losses come to in this micro-batch."""
-        seen = getattr(self.configured_loss and self.configured_loss.loss, "seen", None) or {}
-        for name, numerator in seen.items():
-            share = divide(numerator * self._data_parallel_size(), total)
-            self._parts[name] = self._parts[name] + share if name in self._parts else share
-
-    def _probe_head(self, loss: HeadLoss, batch: dict[str, Any]) -> None:
-        """Before the first step: whether the head's own loss is a mean over its labels."""
-        self._probed = True
-        base = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        model = self.model_wrapped if self.is_deepspeed_enabled or self.is_fsdp_enabled else base
-        accepted = inspect.signature(base.forward).parameters
-        takes_it = "num_items_in_batch" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-
-        def mean(inputs: dict[str, Any], **told: Any) -> Tensor:
-            return loss.terms(model, {**inputs, **told} if takes_it else inputs)[0].mean()
-
-        half = self.args.bf16 or self.args.fp16
-        with self.compute_loss_context_manager():
-            divides = probe(base, mean, loss.denominator, self._prepare_inputs(batch), half_precision=half)
-        logger.info(
-            f"{type(base).__name__}'s own loss is a mean over its labels, and "
-            f"{'divides by' if divides else 'does not heed'} num_items_in_batch. It is not told: its mean is multiplied by "
-            "the micro-batch's labels and divided by the step's."
-        )
 
     def _denominator(self, batch: dict[str, Any]) -> Tensor:
         found = self._loss.denominator(batch)

@@ -11,6 +11,7 @@ from trainer_ext.losses.contract import ConfiguredLoss
 from trainer_ext.losses.weighted_sum import WeightedSum
 
 FILE = "loss.json"
+COUNTED = "class_counts"  # for people; a loss that goes by them has them among its options
 
 
 def description(loss: ConfiguredLoss | None) -> dict[str, Any]:
@@ -28,7 +29,9 @@ def description(loss: ConfiguredLoss | None) -> dict[str, Any]:
     if isinstance(loss.loss, WeightedSum):
         found |= {"parts": loss.loss.weights, "options of parts": loss.loss.options}
     plain = {key: v.tolist() if isinstance(v, Tensor) else v for key, v in loss.options.items()}
-    whole = {**found, "class_counts": loss.class_counts, "options": plain}
+    if getattr(loss.loss, "needs_class_counts", False):
+        plain[COUNTED] = loss.class_counts
+    whole = {**found, "options": plain, COUNTED: loss.class_counts}
     return cast(dict[str, Any], json.loads(json.dumps(whole, default=str)))
 
 
@@ -47,9 +50,8 @@ def check_same_loss(folder: str, loss: ConfiguredLoss | None) -> None:
     if not path.is_file():
         return
     saved, now = json.loads(path.read_text()), description(loss)
-    gaps = [
-        f"{k}: {saved.get(k)}, now {now.get(k)}" for k in sorted(saved | now) if not _same(saved.get(k), now.get(k))
-    ]
+    names = sorted((saved.keys() | now.keys()) - {COUNTED})
+    gaps = [f"{k}: {saved.get(k)}, now {now.get(k)}" for k in names if not _same(saved.get(k), now.get(k))]
     if gaps:
         raise ValueError(
             f"{folder} was trained with another loss ({'; '.join(gaps)}). Resume with the same arguments and training "

@@ -6,13 +6,13 @@ Its parts divide by the same denominator, so their numerators add up:
     denominator  = the parts' common one
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer_ext.losses.contract import Loss, LossTerms
+from trainer_ext.losses.contract import Loss, LossTerms, divide
 
 
 class WeightedSum:
@@ -41,7 +41,7 @@ class WeightedSum:
             )
         if not torch.tensor([float(w) for w in self.weights.values()]).isfinite().all():
             raise ValueError(f"a sum of losses with weights {self.weights}: a weight is a finite number.")
-        self.seen: dict[str, Tensor] = {}  # the numerators of the parts in the last call, detached
+        self.seen: dict[str, Tensor] = {}  # the numerators of the last call, detached
         self._agrees = False
 
     @property
@@ -74,3 +74,28 @@ class WeightedSum:
     def denominator(self, labels: Tensor, **shared: Any) -> Tensor:
         """Scalar: that of every part."""
         return next(iter(self.parts.values())).denominator(labels, **shared)
+
+
+class PartsSinceTheLog:
+    """What each part of a sum of losses came to, added up over the micro-batches since it was last logged."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps: set[int] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._steps)
+
+    def add(self, loss: WeightedSum, total: Tensor, *, step: int, counted: bool) -> None:
+        """Add the parts of the loss's last call, a micro-batch of the step with that total denominator."""
+        self._steps.add(step)
+        for name, numerator in loss.seen.items():
+            share = divide(numerator, total) if counted else torch.zeros_like(numerator)
+            self._sums[name] = self._sums[name] + share if name in self._sums else share
+
+    def means(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The mean over the steps of each part's loss, as `loss_NAME`; it begins anew."""
+        means = sum_over_ranks(torch.stack(list(self._sums.values()))) / len(self._steps)
+        names = [f"loss_{name}" for name in self._sums]
+        self._sums, self._steps = {}, set()
+        return dict(zip(names, means.tolist(), strict=True))
