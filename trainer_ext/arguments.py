@@ -33,7 +33,7 @@ class CustomTrainingArguments(TrainingArguments):
             "does. Off here: a loss that is not finite is logged as it is."
         },
     )
-    loss: str | dict[str, float] | None = field(
+    loss: dict[str, float] | str | None = field(  # in this order for HfArgumentParser
         default=None,
         metadata={
             "help": "The loss: a name in trainer_ext.LOSSES, `model` (the head's own), an import path such as "
