@@ -1,14 +1,17 @@
 """The command as a person types it: exit codes, files, messages."""
 
 import json
+import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 from typer.testing import CliRunner
 
 from tests.conftest import SIZES
 from trainer_ext.cli import app
+from trainer_ext.metric_table import METRICS, PER_CLASS
 from trainer_ext.parity import Trajectory
 
 PAIRS = [("a b c", "a b c", 1), ("a b c", "c b a", 1), ("a b d", "a e f", 0), ("d e", "d e", 1), ("f a", "b c", 0)]
@@ -163,6 +166,36 @@ def test_a_trained_folder_is_a_checkpoint(corpus, tmp_path, command):
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in out.iterdir()}
 
 
+def test_training_leaves_all_metrics_and_two_pictures(corpus, tmp_path):
+    """The best checkpoint by a metric of one class; the counts of the matrix are those behind the metrics."""
+    out = tmp_path / "out"
+    found = call(
+        "train", *corpus, "--output-dir", out, "--epochs", 2, "--use-cpu", "--eval-strategy", "epoch",
+        "--save-strategy", "epoch", "--load-best-model-at-end", "--metric-for-best-model", "recall_0",
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    metrics = json.loads((out / "eval_results.json").read_text())
+    names = {f"{name}_{label}" for name in PER_CLASS for label in (0, 1)} | METRICS.keys() - set(PER_CLASS)
+    assert {f"eval_{name}" for name in names} <= metrics.keys()
+    assert re.search(rf"eval_auroc\W+{metrics['eval_auroc']:.4f}", found.output)
+    matrix = ElementTree.parse(out / "confusion_matrix.svg")
+    counts = [int(text) for text in matrix.getroot().itertext() if text.isdigit() and len(text) <= 2][-4:]
+    assert sum(counts) == 15
+    assert metrics["eval_accuracy"] == pytest.approx((counts[0] + counts[3]) / 15)
+    assert metrics["eval_recall_0"] == pytest.approx(counts[0] / (counts[0] + counts[1]))
+    curve = "".join(ElementTree.parse(out / "precision_recall.svg").getroot().itertext())
+    assert f"AP {metrics['eval_average_precision']:.3f}: 1" in curve
+    logged = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert len([entry for entry in logged if "eval_mcc" in entry]) == 2
+
+
+def test_the_other_ranks_draw_nothing(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer_ext.trainer.CustomTrainer.is_world_process_zero", lambda self: False)
+    found = call("train", *corpus, "--output-dir", tmp_path / "out", "--max-steps", 1, "--use-cpu")
+    assert found.exit_code == 0, found.output
+    assert list((tmp_path / "out").glob("*.svg")) == []
+
+
 def test_train_and_manual_end_in_the_same_numbers(corpus, tmp_path):
     def metrics(command):
         out = tmp_path / command
@@ -183,12 +216,15 @@ def test_train_and_manual_end_in_the_same_numbers(corpus, tmp_path):
         (["--loss", "dise"], "loss 'dise' is not known"),
         (["--class-weights", "[1, -1]"], "is -1"),
         (["--max-grad-nrm", "1"], "did you mean --max-grad-norm?"),
+        (["--metric-for-best-model", "aurok"], "choose one of loss, accuracy, "),
+        (["--metric-for-best-model", "eval_recall_2"], "recall_0, recall_1."),
+        (["--metric-for-best-model", "calibration_error"], "keeps the worst checkpoint"),
     ],
 )
 def test_train_refuses_before_training(corpus, tmp_path, words, says):
     found = call("train", *corpus, "--output-dir", tmp_path / "out", *words)
     assert found.exit_code == 2
-    assert says in found.output + getattr(found, "stderr", "")
+    assert says in " ".join((found.output + getattr(found, "stderr", "")).split())
 
 
 @pytest.mark.parametrize("command", ["train", "manual"])

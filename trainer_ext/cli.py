@@ -110,9 +110,10 @@ def train(
 
         task_arguments, args = TaskParser(prog="trainer-ext train").parse(argv)
         finetune.checkpoint_to_resume(args)
-        finetune.check_best_metric(args)
+        task = prepare_task(task_arguments)
+        finetune.check_best_metric(args, task.label_names)
         _make_folder(output_dir)
-        trainer = finetune.build_trainer(prepare_task(task_arguments), args)
+        trainer = finetune.build_trainer(task, args, metrics="all")
     _print_metrics(finetune.train(trainer), output_dir)
 
 

@@ -1,7 +1,7 @@
 """Fine-tune a task from start to saved model: through `CustomTrainer`, or through the manual loop."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,20 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from trainer_ext import manual_loop
 from trainer_ext.loop_settings import loop_settings
-from trainer_ext.metrics import METRICS, AccuracyAndF1, compute_metrics
+from trainer_ext.metric_table import metric_keys
+from trainer_ext.metrics import DEFAULT_METRICS, AccuracyAndF1, ComputeMetrics, compute_metrics
+from trainer_ext.pictures import save_pictures
 from trainer_ext.task import Task
 from trainer_ext.trainer import CustomTrainer
 
 
 def build_trainer(
-    task: Task, args: TrainingArguments, *, model: Any = None, trainer_class: type[Trainer] = CustomTrainer
+    task: Task,
+    args: TrainingArguments,
+    *,
+    model: Any = None,
+    trainer_class: type[Trainer] = CustomTrainer,
+    metrics: str | Sequence[str] = DEFAULT_METRICS,
 ) -> Trainer:
     """A trainer on `task`, its labels and weights checked.
 
@@ -26,6 +33,7 @@ def build_trainer(
         args: For the trainer.
         model: What to train; by default the task's model, from `args.seed`.
         trainer_class: `CustomTrainer`, or what is held against it.
+        metrics: Of each evaluation, as `trainer_ext.metrics.compute_metrics` takes them.
 
     Raises:
         ValueError: The arguments do not fit the task.
@@ -42,12 +50,12 @@ def build_trainer(
         train_dataset=task.train,
         eval_dataset=task.validation,
         processing_class=task.tokenizer,
-        compute_metrics=compute_metrics(len(task.label_names)),
+        compute_metrics=compute_metrics(len(task.label_names), metrics, task.label_names),
     )
 
 
 def train(trainer: Trainer) -> dict[str, Any]:
-    """Train, evaluate once where there is a validation split, and save the model and the metrics.
+    """Train, evaluate once where there is a validation split, and save the model, the metrics and their pictures.
 
     Returns:
         The metrics of training and evaluation.
@@ -59,6 +67,9 @@ def train(trainer: Trainer) -> dict[str, Any]:
     if trainer.eval_dataset is not None:
         evaluation = trainer.evaluate()
         trainer.save_metrics("eval", evaluation)
+        compute = trainer.compute_metrics
+        if isinstance(compute, ComputeMetrics) and compute.last is not None and trainer.is_world_process_zero():
+            save_pictures(compute.last, compute.label_names, Path(str(trainer.args.output_dir)))
         metrics = {**metrics, **evaluation}
     return metrics
 
@@ -108,13 +119,18 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     return str(asked)
 
 
-def check_best_metric(args: TrainingArguments) -> None:
-    """Raise where the best checkpoint is to be found by a metric that the evaluation does not give."""
-    given = {"loss", *METRICS}
-    asked = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    if args.load_best_model_at_end and asked not in given:
+def check_best_metric(args: TrainingArguments, label_names: Sequence[str]) -> None:
+    """Raise where the best checkpoint is to be found by a metric that the evaluation does not give, or the wrong way."""
+    if args.metric_for_best_model is None:
+        return
+    given = ["loss", *metric_keys("all", label_names)]
+    asked = args.metric_for_best_model.removeprefix("eval_")
+    if asked not in given:
+        raise ValueError(f"metric_for_best_model={args.metric_for_best_model}: choose one of {', '.join(given)}.")
+    if asked == "calibration_error" and args.greater_is_better:
         raise ValueError(
-            f"metric_for_best_model={args.metric_for_best_model}: choose one of {', '.join(sorted(given))}."
+            f"metric_for_best_model={args.metric_for_best_model} with greater_is_better=True, which transformers takes for "
+            "granted, keeps the worst checkpoint. Give --greater-is-better false."
         )
 
 

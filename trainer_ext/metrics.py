@@ -1,14 +1,21 @@
-"""Accuracy and F1 as an `evaluate.Metric` that needs no download, and the `compute_metrics` for a `Trainer`."""
+"""Metrics of classifiers that need no download: as `evaluate.Metric`, and as `compute_metrics` for a `Trainer`.
 
-from collections.abc import Callable
+What each metric is stands in `metric_table.py`.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
 import evaluate
-import numpy as np
 from sklearn.metrics import accuracy_score, f1_score
 
-METRICS = ("accuracy", "f1")
+from trainer_ext.metric_table import METRICS, choose_metrics, classification_metrics
+from trainer_ext.predictions import Predictions, check_label_names
+
+__all__ = ["METRICS", "AccuracyAndF1", "ClassificationMetrics", "ComputeMetrics", "compute_metrics"]
+
+DEFAULT_METRICS = ("accuracy", "f1")
 DESCRIPTION = "Share of correct predictions, and F1: of class 1 for two classes (as GLUE does), else the macro mean."
 
 
@@ -39,14 +46,83 @@ class AccuracyAndF1(evaluate.Metric):
         return {"accuracy": float(accuracy_score(references, predictions)), "f1": float(f1)}
 
 
-def compute_metrics(num_labels: int = 2) -> Callable[[Any], dict[str, float]]:
-    """What `Trainer(compute_metrics=...)` takes: logits of shape (..., C) and labels, those of -100 left out."""
-    metric = AccuracyAndF1(num_labels)
+class ComputeMetrics:
+    """What `Trainer(compute_metrics=...)` takes; `compute_metrics` makes it.
 
-    def compute(prediction: Any) -> dict[str, float]:
-        logits, labels = prediction.predictions, prediction.label_ids
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        kept = labels != -100
-        return metric.compute(predictions=np.argmax(logits, axis=-1)[kept], references=labels[kept])
+    Attributes:
+        last: The predictions of the last evaluation, for a picture of them; None before the first.
+        label_names: The classes, by which the keys of per-class metrics are named.
+    """
 
-    return compute
+    def __init__(
+        self, num_labels: int, metrics: str | Sequence[str], label_names: Sequence[str] | None, multi_label: bool
+    ) -> None:
+        self.metrics = choose_metrics(metrics, multi_label)
+        self.label_names = check_label_names(label_names, num_labels)
+        self.multi_label = multi_label
+        self.last: Predictions | None = None
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        """The metrics of an `EvalPrediction`."""
+        return self.of(prediction.predictions, prediction.label_ids)
+
+    def of(self, logits: Any, labels: Any) -> dict[str, float]:
+        """The metrics of logits and labels, as `Predictions.of` takes them."""
+        self.last = Predictions.of(logits, labels, num_labels=len(self.label_names), multi_label=self.multi_label)
+        return classification_metrics(self.last, self.metrics, self.label_names)
+
+
+def compute_metrics(
+    num_labels: int = 2,
+    metrics: str | Sequence[str] = DEFAULT_METRICS,
+    label_names: Sequence[str] | None = None,
+    multi_label: bool = False,
+) -> ComputeMetrics:
+    """What `Trainer(compute_metrics=...)` takes: logits of shape (.., C) and labels, those of -100 left out.
+
+    Args:
+        num_labels: C.
+        metrics: Names in `METRICS`, or `all`. Precision and recall are one number a class, as `precision_<label>`.
+        label_names: The classes, for these keys; by default their indices.
+        multi_label: Whether labels are multi-hot, (N, C). A label is then predicted where its sigmoid is at least 0.5.
+
+    Raises:
+        ValueError: A metric is not known, or the names are not one a class.
+    """
+    return ComputeMetrics(num_labels, metrics, label_names, multi_label)
+
+
+class ClassificationMetrics(evaluate.Metric):
+    """The same as an `evaluate.Metric`: predictions are logits (N, C), references (N,), or multi-hot (N, C).
+
+    Where there are probabilities instead of logits, give their logarithms, of which they are the softmax.
+    The arguments are those of `compute_metrics`; further ones go to `evaluate.Metric`.
+    """
+
+    def __init__(
+        self,
+        num_labels: int = 2,
+        metrics: str | Sequence[str] = "all",
+        label_names: Sequence[str] | None = None,
+        multi_label: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self._metrics = compute_metrics(num_labels, metrics, label_names, multi_label)
+        super().__init__(**{"keep_in_memory": True, **kwargs})
+
+    def _info(self) -> evaluate.MetricInfo:
+        label = datasets.Value("int64")
+        return evaluate.MetricInfo(
+            description=f"Of a classifier: {', '.join(self._metrics.metrics)}.",
+            citation="",
+            inputs_description="predictions: the logits of an item. references: its class, or 0 or 1 for each label.",
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Value("float64")),
+                    "references": datasets.Sequence(label) if self._metrics.multi_label else label,
+                }
+            ),
+        )
+
+    def _compute(self, *, predictions: Any, references: Any) -> dict[str, float]:
+        return self._metrics.of(predictions, references)
