@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from tests.conftest import SIZES
 from trainer_ext.cli import app
-from trainer_ext.metric_table import METRICS, PER_CLASS
+from trainer_ext.metrics.table import METRICS, PER_CLASS
 from trainer_ext.parity import Trajectory
 
 PAIRS = [("a b c", "a b c", 1), ("a b c", "c b a", 1), ("a b d", "a e f", 0), ("d e", "d e", 1), ("f a", "b c", 0)]

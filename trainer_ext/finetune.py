@@ -11,9 +11,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from trainer_ext import manual_loop
 from trainer_ext.loop_settings import loop_settings
-from trainer_ext.metric_table import metric_keys
 from trainer_ext.metrics import DEFAULT_METRICS, AccuracyAndF1, ComputeMetrics, compute_metrics
-from trainer_ext.pictures import save_pictures
+from trainer_ext.metrics.pictures import save_pictures
+from trainer_ext.metrics.table import metric_keys
 from trainer_ext.task import Task
 from trainer_ext.trainer import CustomTrainer
 

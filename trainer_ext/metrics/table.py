@@ -20,7 +20,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from trainer_ext.predictions import Predictions
+from trainer_ext.metrics.predictions import Predictions
 
 BINS = 15
 Value = float | list[float | None] | None

@@ -1,6 +1,6 @@
 """Metrics of classifiers that need no download: as `evaluate.Metric`, and as `compute_metrics` for a `Trainer`.
 
-What each metric is stands in `metric_table.py`.
+What each metric is stands in `table.py`.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,8 @@ import datasets
 import evaluate
 from sklearn.metrics import accuracy_score, f1_score
 
-from trainer_ext.metric_table import METRICS, choose_metrics, classification_metrics
-from trainer_ext.predictions import Predictions, check_label_names
-
-__all__ = ["METRICS", "AccuracyAndF1", "ClassificationMetrics", "ComputeMetrics", "compute_metrics"]
+from trainer_ext.metrics.predictions import Predictions, check_label_names
+from trainer_ext.metrics.table import choose_metrics, classification_metrics
 
 DEFAULT_METRICS = ("accuracy", "f1")
 DESCRIPTION = "Share of correct predictions, and F1: of class 1 for two classes (as GLUE does), else the macro mean."

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from sklearn.metrics import precision_recall_curve
 
-from trainer_ext.metric_table import average_precision_of, ranks
-from trainer_ext.predictions import Predictions
+from trainer_ext.metrics.predictions import Predictions
+from trainer_ext.metrics.table import average_precision_of, ranks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

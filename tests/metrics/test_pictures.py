@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from trainer_ext.pictures import confusion_counts, confusion_matrix, precision_recall, save_pictures
-from trainer_ext.predictions import Predictions
+from trainer_ext.metrics.pictures import confusion_counts, confusion_matrix, precision_recall, save_pictures
+from trainer_ext.metrics.predictions import Predictions
 
 TRUE, PREDICTED = [0] * 11 + [1] * 23 + [2] * 7, [0] * 11 + [1] * 19 + [2] * 4 + [0] * 5 + [2] * 2
 NAMES = ["cat & <dog>", "_private", "5$ or 6$"]
