@@ -144,11 +144,9 @@ class ExactLossMixin(ExactOrderMixin):
         if not batches or not self._loss.counts(batches[0]):
             return batches, None
         batches = whole_window(batches, num_batches)
+        self._probe(batches[0])
         if isinstance(self._loss, LogitsLoss):
             self._loss.now = self._loss.configured.at(self.state.global_step / max(1, self.state.max_steps))
-        elif not self._probed:
-            self._probed = True
-            probe_head(cast(Trainer, self), self._loss, batches[0])
         own = self._announcement.make([self._denominator(batch).to(device) for batch in batches])
         total = self._sum_over_ranks(own)
         return batches, total / self._ranks_sharing_a_batch()
@@ -183,6 +181,7 @@ class ExactLossMixin(ExactOrderMixin):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self._loss.counts(inputs):
             return self._mean_of_means(model, inputs, return_outputs)
+        self._probe(inputs)
         terms, outputs = self._loss.terms(model, inputs)
         if isinstance(inputs, UncountedBatch):
             terms = terms.of_nothing()
@@ -279,6 +278,12 @@ class ExactLossMixin(ExactOrderMixin):
     def _add_to_split(self, terms: LossTerms) -> None:
         assert self._split_sums is not None
         self._split_sums += torch.stack([*terms, terms.denominator.new_ones(())]).detach().to(self._split_sums)
+
+    def _probe(self, batch: dict[str, Any]) -> None:
+        """Before the first batch is trained or evaluated: what the model's head does with labels."""
+        if not self._probed:
+            self._probed = True
+            probe_head(cast(Trainer, self), self._loss, batch)
 
     def _denominator(self, batch: dict[str, Any]) -> Tensor:
         found = self._loss.denominator(batch)

@@ -15,6 +15,7 @@ Answers of two ends (extractive question answering) are computed from the head's
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,67 +69,102 @@ def answer_terms(start_logits: Tensor, end_logits: Tensor, starts: Tensor, ends:
     return LossTerms(numerator, answer_denominator(starts, ends, length))
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a head's loss turned out to be.
+
+    Attributes:
+        shifted: Labels of shape (B, T) are those of the next token: the first of a row is no target.
+        divides: It is divided by `num_items_in_batch` where the head is told.
+        whole: The labels and the loss of the probed rows.
+        parts: The same of the rows cut in two.
+    """
+
+    shifted: bool
+    divides: bool
+    whole: tuple[float, float]
+    parts: list[tuple[float, float]]
+
+    @property
+    def gap(self) -> float:
+        """How far `n L` is from `n_a L_a + n_b L_b`, relative to the largest of the three."""
+        whole, *parts = [n * loss if n else 0.0 for n, loss in (self.whole, *self.parts)]
+        largest = max(map(abs, (whole, *parts)))
+        return abs(whole - sum(parts)) / largest if largest else 0.0
+
+
 @torch.no_grad()
 def probe(
     model: nn.Module,
     mean: Callable[..., Tensor],
-    denominator: Callable[[Mapping[str, Any]], Tensor],
+    denominator: Callable[[Mapping[str, Any], bool], Tensor],
     batch: Mapping[str, Any],
-    *,
-    half_precision: bool = False,
-) -> bool:
-    """Find out whether a head's loss is a mean over its labels, and whether it divides by `num_items_in_batch`.
+) -> Found:
+    """Ask a head for its loss of a few rows, whole and cut in two, with first labels alone, and told of items.
 
-    Six small forwards in evaluation mode, as many on every rank; random generators, buffers and modes are left as they
-    were.
+    Small forwards in evaluation mode, as many on every rank; random generators, buffers and modes are left as they were.
 
     Args:
         model: Whose modes and buffers to keep.
         mean: The head's loss of a batch, and of further keywords.
-        denominator: The labels that it is taken to average over.
+        denominator: The labels that a head averages over, of a batch, and of whether it shifts them.
         batch: A batch; its first rows are used.
-        half_precision: Whether the forward computes in half precision.
-
-    Returns:
-        Whether the head divides by `num_items_in_batch` where it is told.
-
-    Raises:
-        ValueError: The loss is no mean over the labels, so that it cannot be put together from micro-batches.
     """
     rows = min(PROBED_ROWS, next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim))
     cut = max(1, rows // 3)
-    whole, *parts = [_rows(batch, part) for part in (slice(rows), slice(cut), slice(cut if rows > 1 else 0, rows))]
-    modes, buffers = [m.training for m in model.modules()], [b.clone() for b in model.buffers()]
+    parts = [_rows(batch, slice(cut)), *([_rows(batch, slice(cut, rows))] if rows > 1 else [])]
+    whole = _rows(batch, slice(rows))
+    modes, buffers = [(m, m.training) for m in model.modules()], [(b, b.clone()) for b in model.buffers()]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         model.eval()
         with torch.random.fork_rng(devices):
-            found = [(denominator(one).item(), mean(one).double().item()) for one in (whole, *parts)]
-            items = torch.tensor(2 * max(1.0, found[0][0]), device=whole_device(whole))
+            shifted = _shifts(mean, whole)
+            found = [(denominator(one, shifted).item(), mean(one).double().item()) for one in (whole, *parts)]
+            items = torch.tensor(2 * max(1.0, found[0][0]), device=_device(whole))
             told, told_twice = (mean(whole, num_items_in_batch=n).double().item() for n in (items / 2, items))
     finally:
-        for module, mode in zip(model.modules(), modes, strict=True):
+        for module, mode in modes:
             module.training = mode
-        for buffer, kept in zip(model.buffers(), buffers, strict=True):
+        for buffer, kept in buffers:
             buffer.copy_(kept)
-    sums = [n * loss if n else 0.0 for n, loss in found]
-    gap = abs(sums[0] - sums[1] - sums[2]) if rows > 1 else 0.0
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    allowed = ADDITIVE_IN_HALF_PRECISION if half_precision else ADDITIVE.get(dtype, ADDITIVE_IN_HALF_PRECISION)
-    if not gap <= allowed * max(abs(value) for value in sums):
-        (n, whole_loss), (n_a, loss_a), (n_b, loss_b) = found
+    divides = told != 0 and abs(told_twice - told / 2) <= 0.1 * abs(told / 2)
+    return Found(shifted, divides, found[0], found[1:] if rows > 1 else found[:1])
+
+
+def check_additive(found: Found, name: str, dtype: torch.dtype) -> None:
+    """Hold what a probe found to `n L = n_a L_a + n_b L_b`.
+
+    Args:
+        found: By the probe.
+        name: The head's.
+        dtype: In which it computes.
+
+    Raises:
+        ValueError: The loss is no mean over the labels, so that it cannot be put together from micro-batches.
+    """
+    if not found.gap <= ADDITIVE.get(dtype, ADDITIVE_IN_HALF_PRECISION):
+        (n, loss), (n_a, loss_a), (n_b, loss_b) = found.whole, *found.parts
         raise ValueError(
-            f"{type(model).__name__}: its own loss is no mean over its labels: {rows} rows with {n:g} labels have the loss "
-            f"{whole_loss:g}; cut in two, {n_a:g} have {loss_a:g} and {n_b:g} have {loss_b:g}, and {n:g} x {whole_loss:g} "
-            f"is not {n_a:g} x {loss_a:g} + {n_b:g} x {loss_b:g}. A sum, a contrastive or an auxiliary loss cannot be put "
-            "together from micro-batches. Give a loss of the logits (loss=), or a compute_loss of your own with "
-            "loss_is_scaled_for_ga = False."
+            f"{name}: its own loss is no mean over its labels: rows with {n:g} labels have the loss {loss:g}; cut in two, "
+            f"{n_a:g} have {loss_a:g} and {n_b:g} have {loss_b:g}, and {n:g} x {loss:g} is not {n_a:g} x {loss_a:g} + "
+            f"{n_b:g} x {loss_b:g}. A sum, a contrastive or an auxiliary loss cannot be put together from micro-batches. "
+            "Give a loss of the logits (loss=), or a compute_loss of your own with loss_is_scaled_for_ga = False."
         )
-    return abs(told_twice - told / 2) <= 0.1 * abs(told / 2) and told != 0
 
 
-def whole_device(batch: Mapping[str, Any]) -> torch.device:
-    """Where a batch's tensors are."""
+def _shifts(mean: Callable[..., Tensor], batch: Mapping[str, Any]) -> bool:
+    """Whether labels of nothing but the first position of each row leave a head without a target."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.is_floating_point() or labels.shape[1] < 2:
+        return False
+    first = torch.full_like(labels, IGNORE_INDEX)
+    first[:, 0] = labels.clamp(min=0).amax(1)  # a class that occurs, whatever stands at the first position
+    loss = mean({**batch, "labels": first})
+    return not (bool(loss.isfinite()) and loss.item() != 0)
+
+
+def _device(batch: Mapping[str, Any]) -> torch.device:
     return next(value.device for value in batch.values() if isinstance(value, Tensor))
 
 

@@ -90,6 +90,8 @@ class HeadLoss:
         shifted: The head predicts the next token.
     """
 
+    sample_weights = None
+
     def __init__(self, label_names: list[str], *, shifted: bool = False) -> None:
         self.label_names, self.shifted = label_names, shifted
 
@@ -98,19 +100,18 @@ class HeadLoss:
         given = [name for name in self.label_names if batch.get(name) is not None]
         return _is_answer(batch) or (isinstance(batch.get("labels"), Tensor) and len(given) <= 1)
 
-    def denominator(self, batch: Batch) -> Tensor:
+    def denominator(self, batch: Batch, shifted: bool | None = None) -> Tensor:
         """Scalar: how many labels the head averages over."""
         if _is_answer(batch):
             return answer_denominator(batch["start_positions"], batch["end_positions"], batch["input_ids"].shape[1])
-        return head_denominator(labels_of(batch), shifted=self.shifted)
+        return head_denominator(labels_of(batch), shifted=self.shifted if shifted is None else shifted)
 
     def terms(self, model: Any, batch: Batch) -> tuple[LossTerms, Any]:
         """The two sums, and the model's outputs."""
         outputs = model(**batch)
-        if _is_answer(batch) and isinstance(outputs, Mapping) and "start_logits" in outputs:
-            ends = (outputs["start_logits"], outputs["end_logits"])
+        if (ends := _answer_logits(batch, outputs)) is not None:
             return answer_terms(*ends, batch["start_positions"], batch["end_positions"]), outputs
-        mean = mean_of(outputs)
+        mean = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
         if mean.ndim:  # DataParallel: one of each replica, which got one of as many chunks
             chunks = labels_of(batch).chunk(len(mean))
             parts = [
@@ -118,6 +119,13 @@ class HeadLoss:
             ]
             return LossTerms(*(torch.stack(sums).sum() for sums in zip(*parts, strict=True))), outputs
         return head_terms(mean, self.denominator(batch)), outputs
+
+    def mean(self, model: Any, batch: Batch) -> Tensor:
+        """The batch's loss as the head gives it, scalar; of an answer's ends, of its logits."""
+        outputs = model(**batch)
+        if (ends := _answer_logits(batch, outputs)) is not None:
+            return answer_terms(*ends, batch["start_positions"], batch["end_positions"]).mean()
+        return (outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]).mean()
 
 
 def labels_of(batch: Batch) -> Tensor:
@@ -139,9 +147,11 @@ def logits_of(outputs: Any) -> Tensor:
     return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
 
 
-def mean_of(outputs: Any) -> Tensor:
-    """The loss that a model computed itself."""
-    return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+def _answer_logits(batch: Batch, outputs: Any) -> tuple[Tensor, Tensor] | None:
+    """The logits of an answer's two ends, where the head gives them."""
+    if _is_answer(batch) and isinstance(outputs, Mapping) and "start_logits" in outputs:
+        return outputs["start_logits"], outputs["end_logits"]
+    return None
 
 
 def _is_answer(batch: Batch) -> bool:
