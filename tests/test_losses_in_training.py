@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     BartConfig,
+    BartForCausalLM,
     BartForConditionalGeneration,
     BertForMultipleChoice,
     BertForSequenceClassification,
@@ -79,6 +80,19 @@ def test_a_causal_model_predicts_the_next_token_under_our_losses(trainer, loss):
         assert_same(whole, own, 1e-5)
     else:
         assert whole[0] < own[0]
+
+
+def test_a_causal_head_whose_labels_are_shifted_already(trainer):
+    """BART's: our loss over the logits takes them as the head does."""
+    torch.manual_seed(0)
+    sizes = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "d_model": 8}
+    config = BartConfig(vocab_size=40, max_position_embeddings=16, dropout=0.0, is_encoder_decoder=False, **sizes)
+    config.update({"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})
+    model, data = BartForCausalLM(config), tokens_of(rows(16))
+    ours, own = (both_ways(trainer, model=model, data=data, loss=loss) for loss in ("cross_entropy", "model"))
+    assert_same(*ours, 1e-5)
+    assert_same(*own, 1e-5)
+    assert_same(ours[1], own[1], 1e-5)
 
 
 def seq2seq():

@@ -235,7 +235,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "AlbertForSequenceClassification": {"embedding_size": 8},
         "BartForSequenceClassification": BART,
         "BertForSequenceClassification": {},
-        "BigBirdForSequenceClassification": {"attention_type": "original_full"},
+        "BigBirdForSequenceClassification": {},  # replaces its attention in its first forward
         "BioGptForSequenceClassification": {},
         "BloomForSequenceClassification": {},
         "CamembertForSequenceClassification": {},
@@ -310,6 +310,8 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "question answering": {"BertForQuestionAnswering": {}, "DistilBertForQuestionAnswering": {"hidden_dim": 32}},
     "question answering, some rows without an answer": {"BertForQuestionAnswering": {}},
     "causal language model": {
+        "BartForCausalLM": BART,  # takes labels that are shifted already
+        "BlenderbotSmallForCausalLM": BART,
         "BloomForCausalLM": {},
         "Gemma2ForCausalLM": {},
         "GPT2LMHeadModel": {},
