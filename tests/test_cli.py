@@ -256,6 +256,9 @@ def test_resuming_from_the_command_line(corpus, tmp_path):
     whole = (out / "model.safetensors").read_bytes()
     (out / "checkpoint-4").rename(tmp_path / "later")
     assert call(*words, "--resume-from-checkpoint", "true").exit_code == 0
+    other = call(*words, "--resume-from-checkpoint", "true", "--class-weights", "balanced")
+    assert other.exit_code == 2
+    assert "was trained with another loss (class_weights: None, now [" in " ".join(other.output.split())
     assert (out / "model.safetensors").read_bytes() == whole
 
 

@@ -332,7 +332,9 @@ class Sums(Contrasts):
 @pytest.mark.parametrize("head", [Contrasts, Sums])
 def test_a_head_whose_loss_is_no_mean_is_refused(trainer, head):
     model = head(tiny_model().config)
-    with pytest.raises(ValueError, match=f"{head.__name__}: its own loss is no mean over its labels: rows with 8 labels"):
+    with pytest.raises(
+        ValueError, match=f"{head.__name__}: its own loss is no mean over its labels: rows with 8 labels"
+    ):
         trainer(model=model, loss="model").train()
     trainer(model=model, loss="cross_entropy").train()
 

@@ -114,6 +114,8 @@ def train(
         finetune.check_best_metric(args, task.label_names)
         _make_folder(output_dir)
         trainer = finetune.build_trainer(task, args, metrics="all")
+    if trainer.is_world_process_zero():
+        finetune.show_class_weights(trainer)
     _print_metrics(finetune.train(trainer), output_dir)
 
 

@@ -96,7 +96,8 @@ class ExactLossMixin(ExactOrderMixin):
             )
         if self.compute_loss_func is not None and (loss or _asked_for_a_loss(self.args)):
             raise ValueError(
-                "compute_loss_func and a loss (loss=, args.loss or args.class_weights) are both given: choose one."
+                "compute_loss_func and a loss (loss=, or one of the arguments loss, loss_kwargs, class_weights and "
+                "sample_weight_column) are both given: choose one."
             )
         if self.compute_loss_func is not None and self.args.label_smoothing_factor:
             raise ValueError(
@@ -127,7 +128,7 @@ class ExactLossMixin(ExactOrderMixin):
     @property
     def configured_loss(self) -> ConfiguredLoss | None:
         """The loss over the logits, with its weights and options; None where the model's head or a function computes it."""
-        return self._loss.configured if isinstance(self._loss, LogitsLoss) else None
+        return self._loss.configured
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
@@ -145,8 +146,8 @@ class ExactLossMixin(ExactOrderMixin):
             return batches, None
         batches = whole_window(batches, num_batches)
         self._probe(batches[0])
-        if isinstance(self._loss, LogitsLoss):
-            self._loss.now = self._loss.configured.at(self.state.global_step / max(1, self.state.max_steps))
+        if self.configured_loss is not None:
+            self._loss.now = self.configured_loss.at(self.state.global_step / max(1, self.state.max_steps))
         own = self._announcement.make([self._denominator(batch).to(device) for batch in batches])
         total = self._sum_over_ranks(own)
         return batches, total / self._ranks_sharing_a_batch()
@@ -209,10 +210,8 @@ class ExactLossMixin(ExactOrderMixin):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """The stock loop, with the loss as `sum(numerators) / sum(denominators)` over the whole split."""
-        device, outer = self.args.device, (self._split_sums, self._split_loader)
-        now = self.configured_loss
-        if isinstance(self._loss, LogitsLoss):
-            now, self._loss.now = self._loss.now, self._loss.configured
+        device, outer = self.args.device, (self._split_sums, self._split_loader, self._loss.now)
+        self._loss.now = self.configured_loss
         sums = self._split_sums = torch.zeros(3, dtype=exact_dtype(device), device=device)
         self._split_loader = dataloader
         try:
@@ -220,9 +219,7 @@ class ExactLossMixin(ExactOrderMixin):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         finally:  # an evaluation may stand inside another, such as a predict() in compute_metrics
-            self._split_sums, self._split_loader = outer
-            if isinstance(self._loss, LogitsLoss) and now is not None:
-                self._loss.now = now
+            self._split_sums, self._split_loader, self._loss.now = outer
         numerator, denominator, batches = self._sum_over_ranks(sums)
         if batches:
             cast(dict[str, float], output.metrics)[f"{metric_key_prefix}_loss"] = divide(numerator, denominator).item()
@@ -321,4 +318,4 @@ def _says_what_its_loss_is(cls: type) -> bool:
 
 
 def _asked_for_a_loss(args: Any) -> bool:
-    return any(getattr(args, name, None) for name in ("loss", "class_weights", "loss_kwargs"))
+    return any(getattr(args, name, None) for name in ("loss", "class_weights", "loss_kwargs", "sample_weight_column"))

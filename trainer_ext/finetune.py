@@ -11,6 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from trainer_ext import manual_loop
 from trainer_ext.loop_settings import loop_settings
+from trainer_ext.loss_record import check_same_loss, weights_table
 from trainer_ext.metrics import DEFAULT_METRICS, AccuracyAndF1, ComputeMetrics, compute_metrics
 from trainer_ext.metrics.pictures import save_pictures
 from trainer_ext.metrics.table import metric_keys
@@ -36,14 +37,14 @@ def build_trainer(
         metrics: Of each evaluation, as `trainer_ext.metrics.compute_metrics` takes them.
 
     Raises:
-        ValueError: The arguments do not fit the task.
+        ValueError: The arguments do not fit the task, or the checkpoint to resume was trained with another loss.
     """
     if args.dataloader_drop_last and len(task.train) < args.train_batch_size:
         raise ValueError(
             f"{len(task.train)} training rows are less than one batch of {args.train_batch_size}, and "
             "dataloader_drop_last=True drops what is left of a batch: nothing would be trained."
         )
-    return trainer_class(
+    trainer = trainer_class(
         model=task.new_model(args.seed) if model is None else model,
         args=args,
         data_collator=task.collator,
@@ -52,6 +53,10 @@ def build_trainer(
         processing_class=task.tokenizer,
         compute_metrics=compute_metrics(len(task.label_names), metrics, task.label_names),
     )
+    checkpoint = checkpoint_to_resume(args)
+    if checkpoint is not None and isinstance(trainer, CustomTrainer):
+        check_same_loss(checkpoint, trainer.configured_loss)
+    return trainer
 
 
 def train(trainer: Trainer) -> dict[str, Any]:
@@ -72,6 +77,13 @@ def train(trainer: Trainer) -> dict[str, Any]:
             save_pictures(compute.last, compute.label_names, Path(str(trainer.args.output_dir)))
         metrics = {**metrics, **evaluation}
     return metrics
+
+
+def show_class_weights(trainer: Trainer) -> None:
+    """Print the classes with their counts and weights, where the loss has weights."""
+    loss = trainer.configured_loss if isinstance(trainer, CustomTrainer) else None
+    if loss is not None and loss.class_weights is not None:
+        print(weights_table(loss, trainer.model))
 
 
 def run_manual_loop(

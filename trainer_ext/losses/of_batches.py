@@ -36,7 +36,8 @@ class LogitsLoss:
         sample_weights: str | None = None,
         proven: bool = False,
     ) -> None:
-        self.configured = self.now = configured
+        self.configured: ConfiguredLoss | None = configured
+        self.now: ConfiguredLoss | None = configured  # what it is at this point of training
         self.shifted, self.decoder_inputs, self.sample_weights = shifted, decoder_inputs, sample_weights
         self._proven = proven
 
@@ -55,7 +56,7 @@ class LogitsLoss:
                 f"sample_weight_column={self.sample_weights!r}: the batch has no such column (it has {', '.join(batch)}). "
                 "The dataset needs it, and a data collator that passes it on."
             )
-        return self.now.denominator(self._targets(batch), self._weights(batch))
+        return self._now.denominator(self._targets(batch), self._weights(batch))
 
     def terms(self, model: Any, batch: Batch) -> tuple[LossTerms, Any]:
         """The two sums, and the model's outputs."""
@@ -70,9 +71,14 @@ class LogitsLoss:
         weights, targets = self._weights(batch), self._targets(batch)
         logits = logits[:, :-1] if self.shifted else logits
         if not self._proven:
-            check_terms(self.now, logits.detach(), targets, weights)
+            check_terms(self._now, logits.detach(), targets, weights)
             self._proven = True
-        return self.now(logits[:rows], targets[:rows], weights if weights is None else weights[:rows])
+        return self._now(logits[:rows], targets[:rows], weights if weights is None else weights[:rows])
+
+    @property
+    def _now(self) -> ConfiguredLoss:
+        assert self.now is not None
+        return self.now
 
     def _targets(self, batch: Batch) -> Tensor:
         labels = labels_of(batch)
@@ -90,7 +96,9 @@ class HeadLoss:
         shifted: The head predicts the next token.
     """
 
-    sample_weights = None
+    configured: ConfiguredLoss | None = None
+    now: ConfiguredLoss | None = None
+    sample_weights: str | None = None
 
     def __init__(self, label_names: list[str], *, shifted: bool = False) -> None:
         self.label_names, self.shifted = label_names, shifted
