@@ -294,6 +294,23 @@ def test_a_stream_needs_to_be_told_its_classes(trainer):
     run.train()
 
 
+class MyLoss:
+    """A loss of a user's own, with what LOSSES has."""
+
+    def __call__(self, logits, labels, **options):
+        return LOSSES["cross_entropy"](logits, labels, **options)
+
+    def denominator(self, labels, **options):
+        return LOSSES["cross_entropy"].denominator(labels, **options)
+
+
+def test_a_loss_of_ones_own_gets_the_weights_that_a_name_means(trainer):
+    named = trainer(class_weights="balanced").configured_loss
+    run = trainer(class_weights="balanced", loss=f"{__name__}:MyLoss")
+    assert torch.equal(run.configured_loss.class_weights, named.class_weights)
+    run.train()
+
+
 def test_counts_of_the_training_split_reach_the_loss(trainer):
     run = trainer(loss="logit_adjusted")
     labels = rows()["labels"]

@@ -165,8 +165,8 @@ def check_class_labels(labels: Tensor, num_labels: int, origin: str, ignore_inde
     """
     if labels.is_floating_point():
         raise ValueError(
-            f"{origin}: the labels are {labels.dtype}, and a classification loss needs integers. For regression or "
-            "multi-label heads use loss='model'."
+            f"{origin}: the labels are {labels.dtype}, and a loss or weight by class needs integers. Heads of several "
+            "labels take loss='bce', regression loss='mse', and each its own loss, loss='model'."
         )
     outside = ((labels < 0) | (labels >= num_labels)) & (labels != ignore_index)
     if outside.any():

@@ -82,7 +82,7 @@ def loss_of_batches(
     if by_class and classes is not None and _is_standard(data_collator):
         _check_datasets(classes, train_dataset, eval_dataset)
     counts = options.pop("class_counts", None)
-    if counts is None and by_class and (isinstance(weights, str) or getattr(found, "needs_class_counts", False)):
+    if counts is None and (isinstance(weights, str) or getattr(found, "needs_class_counts", False)):
         counts = _counted(train_dataset, classes, "class_weights" if isinstance(weights, str) else "the loss").tolist()
     configured = ConfiguredLoss(
         loss=found,
