@@ -72,12 +72,7 @@ def loss_of_batches(
         if "label_smoothing" in options:
             raise ValueError("label_smoothing_factor and loss_kwargs['label_smoothing'] are both given: choose one.")
         options["label_smoothing"] = args.label_smoothing_factor
-    reweight_after = options.pop("reweight_after", 0.0)
-    if not 0 <= reweight_after < 1 or (reweight_after and weights is None):
-        raise ValueError(
-            f"reweight_after={reweight_after}: the share of training, from 0 to less than 1, after which class_weights "
-            f"count; class_weights is {weights}."
-        )
+    reweight_after = _reweight_after(options, weights)
     classes, by_class = count_classes(model), goes_by_class(found)
     if by_class and classes is not None and _is_standard(data_collator):
         _check_datasets(classes, train_dataset, eval_dataset)
@@ -177,6 +172,17 @@ def _refuse_for_model_loss(**given: Any) -> None:
             f"{', '.join(unused)} would be ignored: the loss is the model's own (loss='model', the default where the "
             "model does not classify). A classifier takes them with loss='cross_entropy'."
         )
+
+
+def _reweight_after(options: dict[str, Any], weights: Any) -> float:
+    """The option of that name, taken out of `options`."""
+    found = options.pop("reweight_after", 0.0)
+    if not isinstance(found, int | float) or not 0 <= found < 1 or (found and weights is None):
+        raise ValueError(
+            f"reweight_after={found}: the share of training, from 0 to less than 1, after which class_weights count; "
+            f"class_weights is {weights}."
+        )
+    return float(found)
 
 
 def _counted(train_dataset: Any, classes: int | None, what: str) -> Tensor:

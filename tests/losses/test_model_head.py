@@ -6,6 +6,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import tiny_model
 from trainer_ext.losses.model_head import head_denominator, head_terms
+from trainer_ext.losses.of_batches import HeadLoss
 
 
 def split_and_whole(model, inputs, labels, *, shifted):
@@ -54,3 +55,21 @@ def test_a_head_that_saw_no_label_counts_as_nothing():
 def test_the_first_label_of_a_row_is_no_target_of_a_causal_model():
     labels = torch.tensor([[1, 2, -100], [3, 4, 5]])
     assert (head_denominator(labels, shifted=False), head_denominator(labels, shifted=True)) == (5, 3)
+
+
+def test_the_means_of_dataparallels_replicas_are_one_mean():
+    """Each replica gets a chunk of the rows, and the losses come back as a vector: three labels, and one."""
+    model = tiny_model(num_labels=3, tokens=True, dtype=torch.float64).eval()
+    batch = {"input_ids": torch.randint(5, 40, (4, 8)), "labels": torch.full((4, 8), -100)}
+    batch["labels"][:2, :3], batch["labels"][3, 0] = 1, 2
+
+    def replicas(**inputs):
+        chunks = zip(*(value.chunk(2) for value in inputs.values()), strict=True)
+        losses = [model(**dict(zip(inputs, chunk, strict=True))).loss for chunk in chunks]
+        return {"loss": torch.stack(losses)}
+
+    loss = HeadLoss(["labels"])
+    terms, _ = loss.terms(replicas, batch)
+    assert terms.denominator == 7
+    assert abs(terms.mean() - model(**batch).loss) < 1e-14
+    assert abs(replicas(**batch)["loss"].mean() - model(**batch).loss) > 1e-4
