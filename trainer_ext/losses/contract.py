@@ -157,6 +157,19 @@ def full_precision(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
+def check_shapes(logits: Tensor, labels: Tensor) -> None:
+    """Hold the shape of labels, (...), to that of logits, (..., C): a smaller one would be repeated in silence.
+
+    Raises:
+        ValueError: There is not one label for every item.
+    """
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}: the loss takes one label "
+            f"an item, shape {tuple(logits.shape[:-1])}."
+        )
+
+
 class ClassLoss:
     """The denominator of a loss that goes by one class an item: the sum of the items' weights."""
 

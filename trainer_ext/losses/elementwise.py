@@ -54,10 +54,10 @@ class ElementLoss:
             sample_weights: Shape (B,), or None for 1 each.
 
         Raises:
-            ValueError: The shapes do not fit, or regression is given class weights.
+            ValueError: The shapes do not fit, class weights are not one a label, or regression is given some.
         """
         logits = full_precision(logits)
-        if labels.numel() != logits.numel():
+        if labels.shape != logits.shape and (*labels.shape, 1) != logits.shape:
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}: the loss needs one "
                 "for every element. The model has num_labels outputs an item."
@@ -68,6 +68,10 @@ class ElementLoss:
         if class_weights is not None:
             if not self.is_classification:
                 raise ValueError("class_weights: regression has no classes. Give samples weights of their own.")
+            if class_weights.shape != logits.shape[-1:]:
+                raise ValueError(
+                    f"class_weights={class_weights.tolist()}: the loss takes one for each of the {logits.shape[-1]} labels."
+                )
             losses = losses * class_weights.to(losses)
         return LossTerms(torch.sum(losses * weights.to(losses.dtype)), weights.sum())
 

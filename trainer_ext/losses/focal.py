@@ -13,7 +13,7 @@ cross-entropy.
 import torch
 from torch import Tensor
 
-from trainer_ext.losses.contract import IGNORE_INDEX, ClassLoss, LossTerms, full_precision, item_weights
+from trainer_ext.losses.contract import IGNORE_INDEX, ClassLoss, LossTerms, check_shapes, full_precision, item_weights
 
 
 class Focal(ClassLoss):
@@ -40,10 +40,11 @@ class Focal(ClassLoss):
             gamma: 0 or more; how fast items fade as they are classified well.
 
         Raises:
-            ValueError: `gamma` is negative.
+            ValueError: `gamma` is negative, or there is not one label for every item.
         """
         if not gamma >= 0:
             raise ValueError(f"gamma={gamma}: the focal loss takes a number from 0.")
+        check_shapes(logits, labels)
         logits = full_precision(logits)
         kept = labels != ignore_index
         right = labels.masked_fill(~kept, 0).unsqueeze(-1)

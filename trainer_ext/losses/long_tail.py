@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer_ext.losses.contract import IGNORE_INDEX, ClassLoss, LossTerms, full_precision
+from trainer_ext.losses.contract import IGNORE_INDEX, ClassLoss, LossTerms, check_shapes, full_precision
 from trainer_ext.losses.cross_entropy import cross_entropy
 
 
@@ -84,10 +84,12 @@ class Ldam(ClassLoss):
             ignore_index: The label that does not count.
 
         Raises:
-            ValueError: There are no counts, one is 0 or less, their number is not C, or `scale` is not positive.
+            ValueError: There are no counts, one is 0 or less, their number is not C, `scale` is not positive, or there is
+                not one label for every item.
         """
         if not scale > 0:
             raise ValueError(f"scale={scale}: LDAM takes a number above 0.")
+        check_shapes(logits, labels)
         logits = full_precision(logits)
         counts = _checked(class_counts, logits)
         margins = (max_margin * (counts.min() / counts) ** 0.25).to(logits.dtype)
