@@ -167,7 +167,7 @@ def test_the_mean_weight_of_a_balanced_sample_is_one():
         ({"class_counts": [3, 1, -1]}, r"class_counts=\[3.0, 1.0, -1.0\]"),
         ({"class_counts": [3, 1, math.inf]}, r"class_counts=\[3.0, 1.0, inf\]"),
         ({"class_counts": [3, 1, math.nan]}, r"class_counts=\[3.0, 1.0, nan\]"),
-        ({"labels": torch.tensor([0, 1, 2, 3])}, r"class_counts=\[1, 1, 1, 1\]: .* each of 3 classes"),
+        ({"labels": torch.tensor([0, 1, 2, 3])}, r"counts labels that are integers in 0..2, or -100"),
         ({}, "class_weights='{name}' counts the training labels, and there are none"),
     ],
 )

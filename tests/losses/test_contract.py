@@ -340,11 +340,39 @@ def test_a_sum_keeps_the_contract():
 
 
 def test_parts_that_divide_by_different_items_are_refused():
-    logits = torch.zeros(4, 3)
-    labels = torch.ones(4, 3).index_fill(0, torch.tensor(2), -100.0)
-    loss = WeightedSum({"bce": LOSSES["bce"], "mse": LOSSES["mse"]}, {"bce": 1.0, "mse": 1.0})
-    with pytest.raises(ValueError, match=r"\['bce', 'mse'\]: their denominators are \[9.0, 12.0\]"):
-        loss(logits, labels)
+    """At any call, not the first alone: parts may agree for a while."""
+
+    class CountsAll(type(LOSSES["bce"])):
+        def _weights(self, labels, ignore_index, sample_weights):
+            return torch.ones_like(labels, dtype=torch.float64)
+
+    logits, labels = torch.zeros(4, 3), torch.ones(4, 3)
+    loss = WeightedSum({"bce": LOSSES["bce"], "own": CountsAll()}, {"bce": 1.0, "own": 1.0})
+    loss(logits, labels)
+    with pytest.raises(ValueError, match=r"\['bce', 'own'\]: their denominators are \[9.0, 12.0\]"):
+        loss(logits, labels.index_fill(0, torch.tensor(2), -100.0))
+    with pytest.raises(ValueError, match="regression and classification take other labels"):
+        WeightedSum({"bce": LOSSES["bce"], "mse": LOSSES["mse"]}, {"bce": 1.0, "mse": 1.0})
+
+
+def test_a_tiny_clip_and_a_gamma_of_0_stay_finite():
+    far = torch.tensor([[20.0]])
+    terms = LOSSES["asymmetric"](far, torch.zeros(1, 1), clip=1e-9, gamma_neg=0.0)
+    assert abs(terms.numerator - 20.0) < 0.7  # log(sigmoid(-20) + 1e-9), in place of log 0
+    sure = torch.tensor([[0.0, -torch.inf]])
+    assert LOSSES["focal"](sure, torch.tensor([0]), gamma=0.0).numerator == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("ldam", {"max_margin": math.nan}), ("ldam", {"scale": math.inf}), ("logit_adjusted", {"tau": math.nan}),
+     ("focal", {"gamma": math.inf}), ("focal", {"class_weights": torch.ones(4)}),
+     ("focal", {"sample_weights": torch.ones(1)}), ("cross_entropy", {"sample_weights": torch.ones(1)})],
+)  # fmt: skip
+def test_options_that_are_no_numbers_or_of_another_length(name, options):
+    counted = {"class_counts": [1, 2]} if name in ("ldam", "logit_adjusted") else {}
+    with pytest.raises(ValueError, match=next(iter(options))):
+        LOSSES[name](torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), **counted, **options)
 
 
 @pytest.mark.parametrize(

@@ -451,8 +451,8 @@ T = torch.ones(4, 3)
         ("focal", Z, Y[:3], {}, r"labels of shape \(3,\) for logits of shape \(4, 3\)"),
         ("focal", Z, Y[:1], {}, r"labels of shape \(1,\) for logits of shape \(4, 3\)"),
         ("ldam", Z, Y[:3], {"class_counts": COUNTS}, r"labels of shape \(3,\) for logits of shape \(4, 3\)"),
-        ("logit_adjusted", Z, Y[:3], {"class_counts": COUNTS}, r"batch_size \(4\) .* \(3\)"),
-        ("cross_entropy", Z, Y[:1], {}, r"batch_size \(4\) .* \(1\)"),
+        ("logit_adjusted", Z, Y[:3], {"class_counts": COUNTS}, r"labels of shape \(3,\) for logits of shape \(4"),
+        ("cross_entropy", Z, Y[:1], {}, r"labels of shape \(1,\) for logits of shape \(4"),
     ],
 )
 def test_wrong_arguments_are_named(name, logits, labels, options, says):

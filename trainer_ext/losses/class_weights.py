@@ -93,6 +93,11 @@ def _known_counts(
     """How often each class occurs: at least once, or its weight would be infinite."""
     if class_counts is None:
         assert labels is not None
+        kept = labels[labels != -100]
+        if labels.is_floating_point() or (len(kept) and not (kept.min() >= 0 and kept.max() < num_labels)):
+            raise ValueError(
+                f"class_weights={spec!r} counts labels that are integers in 0..{num_labels - 1}, or -100."
+            )
         counts = label_counts(labels, num_labels)
     else:
         counts = torch.as_tensor(class_counts, dtype=torch.float64)

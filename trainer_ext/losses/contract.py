@@ -147,9 +147,23 @@ def item_weights(
         table = class_weights.to(device=labels.device, dtype=dtype)
         weights = weights * table[labels.masked_fill(~kept, 0)]
     if sample_weights is not None:
-        per_sample = sample_weights.to(device=labels.device, dtype=dtype)
-        weights = weights * per_sample.reshape(per_sample.shape + (1,) * (labels.ndim - per_sample.ndim))
+        weights = weights * of_samples(sample_weights, labels, dtype)
     return weights
+
+
+def of_samples(sample_weights: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights of shape (B,), or that of `labels`, with as many dimensions as `labels`.
+
+    Raises:
+        ValueError: Their shape is another.
+    """
+    if sample_weights.shape != labels.shape[: sample_weights.ndim]:
+        raise ValueError(
+            f"sample_weights of shape {tuple(sample_weights.shape)} for labels of shape {tuple(labels.shape)}: give one a "
+            "sample, or one a label."
+        )
+    shape = sample_weights.shape + (1,) * (labels.ndim - sample_weights.ndim)
+    return sample_weights.to(device=labels.device, dtype=dtype).reshape(shape)
 
 
 def full_precision(logits: Tensor) -> Tensor:
@@ -157,12 +171,17 @@ def full_precision(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def check_shapes(logits: Tensor, labels: Tensor) -> None:
-    """Hold the shape of labels, (...), to that of logits, (..., C): a smaller one would be repeated in silence.
+def check_shapes(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> None:
+    """Hold labels, (...), and class weights, (C,), to logits, (..., C): smaller ones would be repeated in silence.
 
     Raises:
-        ValueError: There is not one label for every item.
+        ValueError: There is not one label for every item, or not one weight for every class.
     """
+    if class_weights is not None and class_weights.shape != logits.shape[-1:]:
+        raise ValueError(
+            f"class_weights of shape {tuple(class_weights.shape)} for logits of shape {tuple(logits.shape)}: the loss "
+            "takes one for each class."
+        )
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"labels of shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}: the loss takes one label "
@@ -234,6 +253,8 @@ def check_terms(loss: ConfiguredLoss, logits: Tensor, labels: Tensor, sample_wei
                 "tensors."
             )
         announced = loss.denominator(labels[rows], weights)
+        if not (torch.is_tensor(announced) and announced.ndim == 0):
+            raise ValueError(f"{name}.denominator() has to return one number, a scalar tensor.")
         if not abs(float(found[1]) - float(announced)) <= 1e-6 * max(1.0, abs(float(announced))):
             raise ValueError(
                 f"{name} came with the denominator {float(found[1]):g}, and its denominator() says {float(announced):g} "

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer_ext.losses.contract import IGNORE_INDEX, ClassLoss, LossTerms, full_precision, item_weights
+from trainer_ext.losses.contract import IGNORE_INDEX, ClassLoss, LossTerms, check_shapes, full_precision, item_weights
 
 
 class CrossEntropy(ClassLoss):
@@ -46,6 +46,8 @@ class CrossEntropy(ClassLoss):
         Returns:
             Two scalars, the numerator in the dtype of the logits (float32 at least).
         """
+        if labels.shape != (*logits.shape[:-1], 1):
+            check_shapes(logits, labels, class_weights)
         logits = full_precision(logits)
         options: dict[str, Any] = {
             "weight": None if class_weights is None else class_weights.to(logits.device, logits.dtype),

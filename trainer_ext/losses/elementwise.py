@@ -15,6 +15,7 @@ of the element's column, for several labels only; as `weight` of `BCEWithLogitsL
     huber       (x - t)^2 / 2 where |x - t| <= delta, else delta (|x - t| - delta / 2)  (Huber 1964)
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer_ext.losses.contract import IGNORE_INDEX, LossTerms, exact_dtype, full_precision
+from trainer_ext.losses.contract import IGNORE_INDEX, LossTerms, exact_dtype, full_precision, of_samples
 
 
 class ElementLoss:
@@ -92,7 +93,7 @@ class ElementLoss:
         weights = kept.to(dtype)
         if sample_weights is None:
             return weights
-        return weights * sample_weights.to(weights).reshape((-1,) + (1,) * (labels.ndim - 1))
+        return weights * of_samples(sample_weights, labels, dtype)
 
 
 class Bce(ElementLoss):
@@ -104,9 +105,10 @@ class Bce(ElementLoss):
         """`pos_weight`, one number or shape (C,), multiplies the loss of labels that are 1."""
         if pos_weight is not None:
             pos_weight = torch.as_tensor(pos_weight, dtype=logits.dtype, device=logits.device)
-            if pos_weight.ndim > 1 or pos_weight.numel() not in (1, logits.shape[-1]) or not (pos_weight > 0).all():
+            fits = pos_weight.ndim <= 1 and pos_weight.numel() in (1, logits.shape[-1])
+            if not fits or not (pos_weight > 0).all() or not pos_weight.isfinite().all():
                 raise ValueError(
-                    f"pos_weight={pos_weight.tolist()}: give one number above 0, or one for each of the "
+                    f"pos_weight={pos_weight.tolist()}: give one finite number above 0, or one for each of the "
                     f"{logits.shape[-1]} labels."
                 )
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none", pos_weight=pos_weight)
@@ -125,7 +127,7 @@ class Asymmetric(ElementLoss):
         clip: float = 0.05,
     ) -> Tensor:
         """The paper's options and the defaults of its code; all three 0 is binary cross-entropy."""
-        if not (gamma_neg >= 0 and gamma_pos >= 0 and 0 <= clip < 1):
+        if not (0 <= gamma_neg < math.inf and 0 <= gamma_pos < math.inf and 0 <= clip < 1):
             raise ValueError(
                 f"gamma_neg={gamma_neg}, gamma_pos={gamma_pos}, clip={clip}: both gammas are numbers from 0, and "
                 "0 <= clip < 1."
@@ -137,7 +139,8 @@ class Asymmetric(ElementLoss):
             probability = torch.sigmoid(logits) - clip
             # Where it is clipped the loss is 0; a power of 0 would have no gradient there.
             shifted = torch.where(probability > 0, probability, 0.5)
-            negative = torch.where(probability > 0, shifted**gamma_neg * -torch.log1p(-shifted), 0.0)
+            rest = torch.log(torch.sigmoid(-logits) + clip)  # log(1 - shifted), which for a tiny clip would be log 0
+            negative = torch.where(probability > 0, shifted**gamma_neg * -rest, 0.0)
         return targets * positive + (1 - targets) * negative
 
 
@@ -157,7 +160,7 @@ class Huber(ElementLoss):
 
     def elements(self, logits: Tensor, targets: Tensor, *, delta: float = 1.0) -> Tensor:
         """`delta`, above 0: the distance from which errors count by their size instead of its square."""
-        if not delta > 0:
+        if not 0 < delta < math.inf:
             raise ValueError(f"delta={delta}: the Huber loss takes a number above 0.")
         return F.huber_loss(logits, targets, reduction="none", delta=delta)
 

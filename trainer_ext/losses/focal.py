@@ -10,6 +10,8 @@ over items whose label is not ignored. The paper's alpha is the class weight `w`
 cross-entropy.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,9 +44,9 @@ class Focal(ClassLoss):
         Raises:
             ValueError: `gamma` is negative, or there is not one label for every item.
         """
-        if not gamma >= 0:
+        if not 0 <= gamma < math.inf:
             raise ValueError(f"gamma={gamma}: the focal loss takes a number from 0.")
-        check_shapes(logits, labels)
+        check_shapes(logits, labels, class_weights)
         logits = full_precision(logits)
         kept = labels != ignore_index
         right = labels.masked_fill(~kept, 0).unsqueeze(-1)
@@ -52,7 +54,7 @@ class Focal(ClassLoss):
         log_p = logits.gather(-1, right).squeeze(-1) - whole
         # log(1 - p) from the other classes: 1 - p itself is 0 where p rounds to 1, and its power has no gradient there.
         log_rest = logits.scatter(-1, right, -torch.inf).logsumexp(-1) - whole
-        losses = torch.exp(gamma * log_rest) * -log_p
+        losses = torch.exp(gamma * log_rest) * -log_p if gamma else -log_p  # 0 times an infinite log is no number
         weights = item_weights(labels, class_weights, ignore_index, sample_weights)
         numerator = torch.sum(losses.masked_fill(~kept, 0) * weights.to(losses.dtype))
         return LossTerms(numerator, weights.sum())

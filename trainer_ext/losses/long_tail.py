@@ -15,6 +15,7 @@ Both act in training and in `eval_loss`; predictions are taken from the logits a
 re-weighting is `reweight_after`, an option of the trainer for every loss.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,8 +50,10 @@ class LogitAdjusted(ClassLoss):
             tau: 0 leaves the logits as they are.
 
         Raises:
-            ValueError: There are no counts, one is 0 or less, or their number is not C.
+            ValueError: There are no counts, one is 0 or less, their number is not C, or `tau` is not finite.
         """
+        if not math.isfinite(tau):
+            raise ValueError(f"tau={tau}: logit adjustment takes a finite number.")
         logits = full_precision(logits)
         counts = _checked(class_counts, logits)
         return cross_entropy(logits + tau * (counts / counts.sum()).log().to(logits.dtype), labels, **options)
@@ -87,8 +90,10 @@ class Ldam(ClassLoss):
             ValueError: There are no counts, one is 0 or less, their number is not C, `scale` is not positive, or there is
                 not one label for every item.
         """
-        if not scale > 0:
-            raise ValueError(f"scale={scale}: LDAM takes a number above 0.")
+        if not (0 < scale < math.inf and 0 <= max_margin < math.inf):
+            raise ValueError(
+                f"scale={scale}, max_margin={max_margin}: LDAM takes a scale above 0 and a margin from 0."
+            )
         check_shapes(logits, labels)
         logits = full_precision(logits)
         counts = _checked(class_counts, logits)

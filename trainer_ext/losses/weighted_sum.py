@@ -6,6 +6,7 @@ Its parts divide by the same denominator, so their numerators add up:
     denominator  = the parts' common one
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +25,8 @@ class WeightedSum:
         options: Further keyword arguments of each part, by the same names.
 
     Raises:
-        ValueError: There are no parts, a weight is not a finite number, or the names differ.
+        ValueError: There are no parts, a weight is not a finite number, the names differ, or regression is mixed with
+            classification.
     """
 
     def __init__(
@@ -39,10 +41,13 @@ class WeightedSum:
                 f"a sum of losses {list(self.parts)} with weights {self.weights} and options {self.options}: each part "
                 "needs one weight, and options are by the parts' names."
             )
-        if not torch.tensor([float(w) for w in self.weights.values()]).isfinite().all():
+        families = {getattr(part, "is_classification", True) for part in self.parts.values()}
+        if len(families) > 1:
+            raise ValueError(f"a sum of losses {list(self.parts)}: regression and classification take other labels.")
+        if not all(isinstance(w, int | float) and math.isfinite(w) for w in self.weights.values()):
             raise ValueError(f"a sum of losses with weights {self.weights}: a weight is a finite number.")
         self.seen: dict[str, Tensor] = {}  # the numerators of the last call, detached
-        self._agrees = False
+        self._agreed = False
 
     @property
     def needs_class_counts(self) -> bool:
@@ -60,13 +65,13 @@ class WeightedSum:
             counted = {"class_counts": class_counts} if getattr(part, "needs_class_counts", False) else {}
             found[name] = part(logits, labels, **counted, **shared, **self.options.get(name, {}))
         denominators = [terms.denominator for terms in found.values()]
-        if not self._agrees:
+        if not self._agreed or labels.device.type == "cpu":  # to look at numbers on an accelerator is to wait for them
             if any(not torch.equal(one, denominators[0]) for one in denominators):
                 raise ValueError(
                     f"a sum of losses {list(self.parts)}: their denominators are {[float(d) for d in denominators]}, and "
                     "parts of one sum divide by the same items."
                 )
-            self._agrees = True
+            self._agreed = True
         self.seen = {name: terms.numerator.detach() for name, terms in found.items()}
         numerator = torch.stack([self.weights[name] * terms.numerator for name, terms in found.items()]).sum()
         return LossTerms(numerator, denominators[0])
