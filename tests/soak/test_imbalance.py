@@ -31,11 +31,6 @@ ARMS = {
     "focal, gamma 2": {"loss": "focal"},
     "logit-adjusted, tau 1": {"loss": "logit_adjusted"},
     "LDAM": {"loss": "ldam"},
-    "LDAM, re-weighted after 2/3": {
-        "loss": "ldam",
-        "class_weights": "balanced",
-        "loss_kwargs": {"reweight_after": 2 / 3},
-    },
 }
 METRICS = ("accuracy", "macro F1", "MCC", "AUROC", "recall of label 0")
 
