@@ -110,8 +110,10 @@ def launched(folder: Path) -> dict[str, Trajectory]:
 
 def on_two_ranks(module: str, folder: Path) -> None:
     """Run a module, which is told the folder, in two processes."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    code, output = run_launch([*torchrun, "-m", module, str(folder)], folder / "log", processes=2, timeout=300)
+    # Once in some hundred launches gloo aborted a rank on a busy machine; any other failure fails the second time too.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
+    words = [*torchrun, "--nproc_per_node", "2", "-m", module, str(folder)]
+    code, output = run_launch(words, folder / "log", processes=2, timeout=600)
     assert code == 0, output[-3000:]
 
 
