@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from tests.conftest import SIZES, logged, rows, tiny_model
-from tests.test_exactness import WEIGHTS, assert_same, first_rows, first_step, oracle
+from tests.test_exactness import WEIGHTS, assert_same, first_step, oracle
 from trainer_ext import LOSSES, CustomTrainer, ExactLossMixin
 from trainer_ext.losses import WeightedSum
 
@@ -425,7 +425,3 @@ def test_the_stock_trainer_would_be_off(trainer):
     """The mutation of all of the above: the same comparison on stock's arithmetic fails."""
     with pytest.raises(AssertionError):
         assert_same(*both_ways(trainer, Trainer, model=tiny_model(dropout=0.0), data=rows()), 1e-5)
-
-
-def test_first_rows_differ_in_weight():
-    first_rows(rows(), 16)

@@ -16,6 +16,7 @@ of the element's column, for several labels only; as `weight` of `BCEWithLogitsL
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,14 +27,14 @@ from torch import Tensor
 from trainer_ext.losses.contract import IGNORE_INDEX, LossTerms, exact_dtype, full_precision, of_samples
 
 
-class ElementLoss:
+class ElementLoss(ABC):
     """What the four have in common; a subclass gives `elements`."""
 
     is_classification = True  # columns are labels: they may have weights, and -100 stands for no label
 
+    @abstractmethod
     def elements(self, *args: Any, **options: Any) -> Tensor:
         """The loss of every element, in the one shape of the logits and the targets."""
-        raise NotImplementedError
 
     def __call__(
         self,
