@@ -117,23 +117,20 @@ class HeadLoss:
     def terms(self, model: Any, batch: Batch) -> tuple[LossTerms, Any]:
         """The two sums, and the model's outputs."""
         outputs = model(**batch)
-        if (ends := _answer_logits(batch, outputs)) is not None:
-            return answer_terms(*ends, batch["start_positions"], batch["end_positions"]), outputs
-        mean = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+        if (found := _terms_of_answers(batch, outputs)) is not None:
+            return found, outputs
+        mean = _own_loss(outputs)
         if mean.ndim:  # DataParallel: one of each replica, which got one of as many chunks
             chunks = labels_of(batch).chunk(len(mean))
-            parts = [
-                head_terms(*pair) for pair in zip(mean, [self.denominator({"labels": c}) for c in chunks], strict=True)
-            ]
+            parts = [head_terms(one, self.denominator({"labels": c})) for one, c in zip(mean, chunks, strict=True)]
             return LossTerms(*(torch.stack(sums).sum() for sums in zip(*parts, strict=True))), outputs
         return head_terms(mean, self.denominator(batch)), outputs
 
     def mean(self, model: Any, batch: Batch) -> Tensor:
         """The batch's loss as the head gives it, scalar; of an answer's ends, of its logits."""
         outputs = model(**batch)
-        if (ends := _answer_logits(batch, outputs)) is not None:
-            return answer_terms(*ends, batch["start_positions"], batch["end_positions"]).mean()
-        return (outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]).mean()
+        found = _terms_of_answers(batch, outputs)
+        return _own_loss(outputs).mean() if found is None else found.mean()
 
 
 def labels_of(batch: Batch) -> Tensor:
@@ -155,10 +152,16 @@ def logits_of(outputs: Any) -> Tensor:
     return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
 
 
-def _answer_logits(batch: Batch, outputs: Any) -> tuple[Tensor, Tensor] | None:
-    """The logits of an answer's two ends, where the head gives them."""
+def _own_loss(outputs: Any) -> Tensor:
+    """The loss that a model computed itself."""
+    return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+
+
+def _terms_of_answers(batch: Batch, outputs: Any) -> LossTerms | None:
+    """The two sums over an answer's two ends, where the head gives their logits."""
     if _is_answer(batch) and isinstance(outputs, Mapping) and "start_logits" in outputs:
-        return outputs["start_logits"], outputs["end_logits"]
+        ends = (batch["start_positions"], batch["end_positions"])
+        return answer_terms(outputs["start_logits"], outputs["end_logits"], *ends)
     return None
 
 
