@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from trainer_ext.engine import settle_on_cpu
+from trainer_ext.optim.rules import is_number, parse_rules, read_rules
 
 REDUCTIONS = ("weighted_mean", "mean")
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -15,7 +16,7 @@ COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient
 
 @dataclass
 class CustomTrainingArguments(TrainingArguments):
-    """`TrainingArguments` plus the loss.
+    """`TrainingArguments` plus the loss, and what each parameter's learning rate and decay are.
 
     One default differs: `logging_nan_inf_filter` is off, so that a loss that is not finite is seen. On a machine
     without an accelerator, several processes train as one run over gloo, as they would on GPUs; FSDP is refused there.
@@ -68,6 +69,34 @@ class CustomTrainingArguments(TrainingArguments):
     sample_weight_column: str | None = field(
         default=None, metadata={"help": "The dataset's column with the weight of each row in the loss."}
     )
+    layerwise_lr_decay: float = field(
+        default=1.0,
+        metadata={
+            "help": "Layer-wise decay of the learning rate: the head learns at the full rate, each layer below at this "
+            "factor of the one above, the embeddings slowest. Above 0 to 1; 1 is off. 0.9 is a usual value."
+        },
+    )
+    head_lr_multiplier: float = field(
+        default=1.0,
+        metadata={
+            "help": "The learning rate of the head (what is outside the base model), as a multiple of the run's."
+        },
+    )
+    freeze: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What is not trained: `embeddings`, `layers:N` (the first N blocks, without the embeddings), or a "
+            "pattern for parameter names such as 'bert.pooler.*'. One that matches nothing is an error."
+        },
+    )
+    param_group_rules: list[dict[str, Any]] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Rules for single parameters, a JSON list or the path of a file with one; the first that matches "
+            'decides: \'[{"match": "*.classifier.*", "lr_multiplier": 10, "weight_decay": 0}]\'. Conditions: match, '
+            "module, ndim, depth, tag. Settings: lr_multiplier, weight_decay. One that matches nothing is an error."
+        },
+    )
 
     def __post_init__(self) -> None:
         settle_on_cpu(self)
@@ -95,5 +124,48 @@ class CustomTrainingArguments(TrainingArguments):
                 f"loss={self.loss!r} must be a name, an import path or a dict from name to weight; pass a callable to the "
                 "trainer"
             )
+        findings += self._settle_groups()
         if findings:
             raise ValueError("; ".join(findings))
+
+    def _settle_groups(self) -> list[str]:
+        """Read what JSON and single words stand for; what is wrong with the knobs of the parameter groups."""
+        findings = []
+        decay, head = self.layerwise_lr_decay, self.head_lr_multiplier
+        if not (is_number(decay) and 0 < decay <= 1):
+            findings.append(f"layerwise_lr_decay={decay!r} must be above 0 and at most 1 (1 is off)")
+        if not (is_number(head) and head > 0):
+            findings.append(f"head_lr_multiplier={head!r} must be a finite number above 0")
+        if isinstance(self.freeze, str):
+            self.freeze = [self.freeze]
+        patterns = [] if self.freeze is None else self.freeze
+        if not (isinstance(patterns, list) and all(isinstance(word, str) and word.strip() for word in patterns)):
+            findings.append(f"freeze={self.freeze!r} must be a list of patterns")
+        if self.param_group_rules is not None:
+            try:
+                if isinstance(self.param_group_rules, str):
+                    self.param_group_rules = read_rules(self.param_group_rules)
+                parse_rules(self.param_group_rules)
+            except ValueError as error:
+                findings.append(str(error))
+        return findings
+
+
+def group_options(args: TrainingArguments) -> dict[str, Any]:
+    """What `args` say of the parameter groups, as `trainer_ext.optim.groups.assign` takes it."""
+    return {
+        "weight_decay": args.weight_decay,
+        "layerwise_lr_decay": getattr(args, "layerwise_lr_decay", 1.0),
+        "head_lr_multiplier": getattr(args, "head_lr_multiplier", 1.0),
+        "rules": parse_rules(getattr(args, "param_group_rules", None) or []),
+    }
+
+
+def asks_for_groups(args: TrainingArguments) -> list[str]:
+    """The names of the knobs of the parameter groups that are not at their defaults; the weight decay is none of them."""
+    neutral: dict[str, tuple[Any, ...]] = {
+        "layerwise_lr_decay": (1.0,),
+        "head_lr_multiplier": (1.0,),
+        "param_group_rules": (None, []),
+    }
+    return [name for name, values in neutral.items() if getattr(args, name, values[0]) not in values]

@@ -337,6 +337,59 @@ def rehearse(
 
 
 @app.command()
+def groups(
+    model: Annotated[
+        str, typer.Argument(help="A hub name, a checkpoint folder, the path of a config.json, or [cyan]tiny[/].")
+    ],
+    model_class: Annotated[
+        str | None,
+        typer.Option(
+            "--model-class",
+            "--model_class",
+            help="A class of transformers, such as [cyan]AutoModelForSequenceClassification[/].",
+            show_default="the one that the configuration names",
+        ),
+    ] = None,
+    weight_decay: Annotated[
+        float, typer.Option("--weight-decay", "--weight_decay", help="Of matrices.", min=0)
+    ] = 0.01,
+    layerwise_lr_decay: Annotated[
+        float,
+        typer.Option(
+            "--layerwise-lr-decay", "--layerwise_lr_decay", help="The factor from each layer to the one below."
+        ),
+    ] = 1.0,
+    head_lr_multiplier: Annotated[
+        float, typer.Option("--head-lr-multiplier", "--head_lr_multiplier", help="Of the head's learning rate.")
+    ] = 1.0,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--freeze", help="[cyan]embeddings[/], [cyan]layers:N[/] or a pattern for names; may be given again."
+        ),
+    ] = None,
+    rules: Annotated[
+        str | None, typer.Option("--rules", help="As --param-group-rules: a JSON list, or a file with one.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="List every parameter.")] = False,
+) -> None:
+    """Print the parameter groups that a training would have, without weights: learning rates, decay, what is frozen."""
+    with users_mistakes():
+        from trainer_ext.group_table import show_groups
+
+        show_groups(
+            model,
+            model_class=model_class,
+            weight_decay=weight_decay,
+            layerwise_lr_decay=layerwise_lr_decay,
+            head_lr_multiplier=head_lr_multiplier,
+            patterns=freeze or (),
+            rules=rules,
+            every=every,
+        )
+
+
+@app.command()
 def configs(
     name: Annotated[str | None, typer.Argument(help="A file's name without its ending, such as zero2.")] = None,
 ) -> None:

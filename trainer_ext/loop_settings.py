@@ -86,6 +86,10 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "deepspeed": (None,),
     "loss": (None, "cross_entropy"),
     "loss_kwargs": (None, {}),
+    "layerwise_lr_decay": (1.0,),
+    "head_lr_multiplier": (1.0,),
+    "freeze": (None, []),
+    "param_group_rules": (None, []),
 }
 
 

@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer
 from transformers.utils import logging
 
+from trainer_ext.arguments import asks_for_groups, group_options
 from trainer_ext.engine import (
     check_engine,
     checkpoint_with_dropout_masks,
@@ -20,7 +21,9 @@ from trainer_ext.engine import (
 )
 from trainer_ext.exact_loss import ExactLossMixin
 from trainer_ext.optim.factory import brings_own_groups, build_optimizer
+from trainer_ext.optim.freezing import freeze
 from trainer_ext.optim.groups import assign, groups
+from trainer_ext.optim.muon import MuonWithAdamW
 from trainer_ext.optim.schedules import build_schedule
 
 logger = logging.get_logger(__name__)
@@ -36,6 +39,13 @@ class CustomTrainer(ExactLossMixin, Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.model_init is None:
+            self._freeze(cast(nn.Module, self.model))
+        if self.optimizer is not None and (asked := asks_for_groups(self.args)):
+            raise ValueError(
+                f"{', '.join(asked)} would be ignored: an optimizer is passed, with groups of its own. Pass "
+                "optimizer_cls_and_kwargs=(class, kwargs) instead."
+            )
         if type(self).create_optimizer_and_scheduler is not CustomTrainer.create_optimizer_and_scheduler:
             self._in_combined_override = False
             self._own_create_optimizer = self.create_optimizer
@@ -50,23 +60,43 @@ class CustomTrainer(ExactLossMixin, Trainer):
         materialise_new_weights(self)
         shard_blocks_without_embeddings(self)
 
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A fresh model from `model_init`, with what `freeze` names frozen."""
+        model = super().call_model_init(trial)
+        self._freeze(model)
+        return model
+
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """Build both; override this one to build your own and set `self.optimizer` and `self.lr_scheduler`."""
         self.create_optimizer()
         self.create_scheduler(num_training_steps)
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
-        """The optimizer over our parameter groups, unless there is one already (`optimizers=`)."""
+        """The optimizer over our parameter groups, unless there is one already (`optimizers=`).
+
+        Raises:
+            ValueError: The arguments do not fit the model (see `trainer_ext.optim.groups.assign`), or the optimizer brings
+                groups of its own.
+        """
         if self.optimizer is None:
             model = self.model if model is None else model
             cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
             groups_by_name = type(self).get_decay_parameter_names is not Trainer.get_decay_parameter_names
             if brings_own_groups(cls, kwargs) or groups_by_name or flattens_parameters(self):
+                if asked := asks_for_groups(self.args):
+                    why = "get_decay_parameter_names is overridden" if groups_by_name else "FSDP1 flattens parameters"
+                    why = f"--optim {self.args.optim} brings its own" if brings_own_groups(cls, kwargs) else why
+                    raise ValueError(f"{', '.join(asked)} cannot be used: groups are not the toolkit's ({why}).")
                 return super().create_optimizer(model)
-            self.optimizer = build_optimizer(model, cls, kwargs, weight_decay=self.args.weight_decay)
+            self.optimizer = build_optimizer(model, cls, kwargs, **group_options(self.args))
         elif isinstance(self.optimizer, DummyOptim):  # DeepSpeed builds the one that its config names
             logger.info("The DeepSpeed config's optimizer is built, over our parameter groups; --optim is not used.")
-            self.optimizer.params = groups(assign(cast(nn.Module, self.model), weight_decay=self.args.weight_decay))
+            rows = assign(cast(nn.Module, self.model), **group_options(self.args))
+            self.optimizer.params = groups(rows, self.args.learning_rate)
+        if isinstance(self.optimizer, MuonWithAdamW) and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                "MuonWithAdamW needs whole matrices, and DeepSpeed and FSDP split them; use DDP or AdamW."
+            )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
@@ -88,6 +118,13 @@ class CustomTrainer(ExactLossMixin, Trainer):
         if self.is_fsdp_enabled and not _internal_call and saves_shards(self):
             weights = self.accelerator.get_state_dict(self.model)
             self._save(output_dir or self.args.output_dir, state_dict=weights)
+
+    def _freeze(self, model: nn.Module) -> None:
+        if patterns := getattr(self.args, "freeze", None):
+            logger.info(f"Frozen: {', '.join(freeze(model, patterns))}")
+            options = self.args.gradient_checkpointing_kwargs
+            if self.args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
+                model.enable_input_require_grads()  # type: ignore[operator]  # else frozen inputs end all gradients
 
     def _create_by_combined_override(self, *args: Any, **kwargs: Any) -> Optimizer:
         """Stands where `Trainer.train` begins to build: a call from there runs the subclass's

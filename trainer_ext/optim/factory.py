@@ -1,11 +1,13 @@
 """From an optimizer class and its arguments to an optimizer over our parameter groups."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
 
 from trainer_ext.optim.groups import assign, groups
+from trainer_ext.optim.muon import MuonWithAdamW, with_muon
 
 OWN_PARAMETERS = ("params", "model", "optimizer_dict")
 
@@ -20,15 +22,26 @@ def build_optimizer(
     model: nn.Module,
     optimizer_cls: type[torch.optim.Optimizer],
     kwargs: dict[str, Any],
-    *,
-    weight_decay: float,
+    **options: Any,
 ) -> torch.optim.Optimizer:
-    """`optimizer_cls(groups, **kwargs)` with decay on matrices only.
+    """`optimizer_cls(groups, **kwargs)` over the groups that `options` describe.
 
     Args:
         model: The model to train.
-        optimizer_cls: Any `torch.optim.Optimizer`.
+        optimizer_cls: Any `torch.optim.Optimizer`; `MuonWithAdamW` gets the hidden matrices apart.
         kwargs: Its keyword arguments, such as `lr` and `betas`.
-        weight_decay: The decay of the decaying group; it wins over one in `kwargs`.
+        options: As `assign` takes them: `weight_decay`, which wins over one in `kwargs`, `layerwise_lr_decay`,
+            `head_lr_multiplier`, `rules`.
     """
-    return optimizer_cls(groups(assign(model, weight_decay=weight_decay)), **kwargs)
+    rows = assign(model, **options)
+    if issubclass(optimizer_cls, MuonWithAdamW):
+        rows = with_muon(rows, model)
+    return optimizer_cls(groups(rows, base_rate(optimizer_cls, kwargs)), **kwargs)
+
+
+def base_rate(optimizer_cls: type[torch.optim.Optimizer], kwargs: dict[str, Any]) -> float | None:
+    """The learning rate of groups that have none of their own; None where the optimizer finds its rate itself."""
+    if "lr" in kwargs:
+        return kwargs["lr"]
+    default = inspect.signature(optimizer_cls).parameters.get("lr")
+    return default.default if default is not None and default.default is not inspect.Parameter.empty else None
