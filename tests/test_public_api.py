@@ -15,7 +15,11 @@ PACKAGE = ROOT / "trainer_ext"
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "deepspeed"}
 LAW = {  # who may not import what
     "losses": {"transformers", "accelerate"},
+    "optim/depth.py": {"transformers", "accelerate"},
+    "optim/freezing.py": {"transformers", "accelerate"},
     "optim/groups.py": {"transformers", "accelerate"},
+    "optim/muon.py": {"transformers", "accelerate"},
+    "optim/rules.py": {"transformers", "accelerate"},
     "manual_loop.py": {"transformers", "accelerate"},
     "loop_settings.py": {"transformers", "accelerate"},
     "parity/comparison.py": {"transformers", "accelerate"},

@@ -25,7 +25,12 @@ def shortened(command):
     """The command for this environment: no downloads, and two steps where it trains."""
     if command.startswith("pip install"):
         return f"{command} --quiet --no-deps --no-build-isolation --target site"
-    if "use_model" in command or command == "trainer-ext configs" or "parity compare" in command:
+    if (
+        "use_model" in command
+        or command == "trainer-ext configs"
+        or "parity compare" in command
+        or "ext groups" in command
+    ):
         return command
     return f"{command} --max_steps 2 --use_cpu"
 

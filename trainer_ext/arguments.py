@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from trainer_ext.engine import settle_on_cpu
-from trainer_ext.optim.rules import is_number, parse_rules, read_rules
+from trainer_ext.optim.rules import parse_rules, rate_findings, read_rules
 
 REDUCTIONS = ("weighted_mean", "mean")
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -130,12 +130,7 @@ class CustomTrainingArguments(TrainingArguments):
 
     def _settle_groups(self) -> list[str]:
         """Read what JSON and single words stand for; what is wrong with the knobs of the parameter groups."""
-        findings = []
-        decay, head = self.layerwise_lr_decay, self.head_lr_multiplier
-        if not (is_number(decay) and 0 < decay <= 1):
-            findings.append(f"layerwise_lr_decay={decay!r} must be above 0 and at most 1 (1 is off)")
-        if not (is_number(head) and head > 0):
-            findings.append(f"head_lr_multiplier={head!r} must be a finite number above 0")
+        findings = rate_findings(self.layerwise_lr_decay, self.head_lr_multiplier)
         if isinstance(self.freeze, str):
             self.freeze = [self.freeze]
         patterns = [] if self.freeze is None else self.freeze

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from trainer_ext.optim.depth import NORMALISATION, Depths, find_depths, head_parameters, whole_shape
-from trainer_ext.optim.rules import Rule, Standing, dead_rules
+from trainer_ext.optim.rules import Rule, Standing, dead_rules, rate_findings
 
 NO_DECAY_TAG = "_no_weight_decay"  # what models such as Mamba's set on a matrix that must not decay
 
@@ -78,11 +78,12 @@ def assign(
     """
     depths = find_depths(model)
     head = head_parameters(model, depths)
-    trainable, frozen = [], []
+    trainable: list[Standing] = []
+    frozen: list[Standing] = []
     for name, module, parameter in _owned_parameters(model):
         standing = Standing(name, module, parameter, depths.of[parameter].depth if depths is not None else None)
         (trainable if parameter.requires_grad else frozen).append(standing)
-    findings = dead_rules(rules, trainable, frozen)
+    findings = rate_findings(layerwise_lr_decay, head_lr_multiplier) + dead_rules(rules, trainable, frozen)
     if not trainable:
         findings = [f"{type(model).__name__} has no trainable parameter: every one has requires_grad=False."]
     if layerwise_lr_decay != 1 and depths is None:

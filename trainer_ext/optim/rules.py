@@ -170,6 +170,16 @@ def _rule(rule: dict[str, Any], default_name: str) -> Rule:
     return Rule(**{"name": default_name, **rule, "depth": depth})
 
 
+def rate_findings(layerwise_lr_decay: Any, head_lr_multiplier: Any) -> list[str]:
+    """What is wrong with the two factors of the learning rate."""
+    findings = []
+    if not (is_number(layerwise_lr_decay) and 0 < layerwise_lr_decay <= 1):
+        findings.append(f"layerwise_lr_decay={layerwise_lr_decay!r} must be above 0 and at most 1 (1 is off)")
+    if not (is_number(head_lr_multiplier) and head_lr_multiplier > 0):
+        findings.append(f"head_lr_multiplier={head_lr_multiplier!r} must be a finite number above 0")
+    return findings
+
+
 def is_number(value: Any) -> bool:
     """Whether `value` is a finite number, and not True or False."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
