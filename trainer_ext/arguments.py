@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 from trainer_ext.engine import settle_on_cpu
 from trainer_ext.optim.rules import parse_rules, rate_findings, read_rules
+from trainer_ext.optim.schedules import NAMES, check_schedule
 
 REDUCTIONS = ("weighted_mean", "mean")
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -33,6 +35,14 @@ class CustomTrainingArguments(TrainingArguments):
             "help": "Replace a NaN or infinite loss in the logs by the average of the others, as the stock Trainer "
             "does. Off here: a loss that is not finite is logged as it is."
         },
+    )
+    lr_scheduler_type: str = (
+        field(  # a plain string: the stock annotation lets the command line take its own names only
+            default="linear",
+            metadata={
+                "help": f"The learning rate's course: {', '.join(NAMES)}. Its options go to lr_scheduler_kwargs."
+            },
+        )
     )
     loss: dict[str, float] | str | None = field(  # in this order for HfArgumentParser
         default=None,
@@ -100,8 +110,15 @@ class CustomTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         settle_on_cpu(self)
+        schedule = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
+        if schedule not in set(SchedulerType):  # one of ours, or none: the stock check knows its own names only
+            self.lr_scheduler_type = "linear"
         super().__post_init__()
-        findings = [
+        if schedule != self.lr_scheduler_type:
+            self.lr_scheduler_type = schedule
+        options = self.lr_scheduler_kwargs
+        findings = check_schedule(schedule, options if isinstance(options, dict) else {})
+        findings += [
             f"{name}={getattr(self, name)} must be 1 or more" for name in COUNTS if not getattr(self, name) >= 1
         ]
         if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):

@@ -390,6 +390,30 @@ def groups(
 
 
 @app.command()
+def schedule(
+    name: Annotated[str, typer.Argument(help="A value of lr_scheduler_type, such as one_cycle.")],
+    steps: Annotated[int, typer.Option("--steps", help="Optimizer steps of the run.", min=1)] = 1000,
+    warmup: Annotated[float, typer.Option("--warmup", help="Steps of the climb, or a share below 1.", min=0)] = 0,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="What it multiplies.", min=0)] = 5e-5,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="One of lr_scheduler_kwargs as key=value; again for more.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw it here (.svg, .png, .pdf).")] = None,
+) -> None:
+    """Show the course of a learning rate before the run."""
+    with users_mistakes():
+        from trainer_ext.optim import preview
+
+        options = preview.read_options(option or [])
+        run, multipliers = preview.course(
+            name, steps=steps, warmup=warmup, learning_rate=learning_rate, options=options
+        )
+        if plot is not None:
+            preview.draw(plot, name, multipliers)
+    preview.show(run, multipliers)
+
+
+@app.command()
 def configs(
     name: Annotated[str | None, typer.Argument(help="A file's name without its ending, such as zero2.")] = None,
 ) -> None:

@@ -24,7 +24,7 @@ from trainer_ext.optim.factory import brings_own_groups, build_optimizer
 from trainer_ext.optim.freezing import freeze
 from trainer_ext.optim.groups import assign, groups
 from trainer_ext.optim.muon import MuonWithAdamW
-from trainer_ext.optim.schedules import build_schedule
+from trainer_ext.optim.schedules import build_schedule, group_rates
 
 logger = logging.get_logger(__name__)
 
@@ -46,6 +46,7 @@ class CustomTrainer(ExactLossMixin, Trainer):
                 f"{', '.join(asked)} would be ignored: an optimizer is passed, with groups of its own. Pass "
                 "optimizer_cls_and_kwargs=(class, kwargs) instead."
             )
+        self._group_rates: dict[str, float] = {}
         if type(self).create_optimizer_and_scheduler is not CustomTrainer.create_optimizer_and_scheduler:
             self._in_combined_override = False
             self._own_create_optimizer = self.create_optimizer
@@ -111,6 +112,17 @@ class CustomTrainer(ExactLossMixin, Trainer):
             )
             self._created_lr_scheduler = True
         return cast(LRScheduler, self.lr_scheduler)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The stock log, with the rate of every group where they differ: `learning_rate` is the first group's."""
+        if "learning_rate" in logs:
+            logs |= {f"learning_rate_{name}": rate for name, rate in self._group_rates.items()}
+        super().log(logs, start_time)
+
+    def _get_learning_rate(self) -> float:
+        """Read between the optimizer's step and the schedule's: the rates of the step that is logged."""
+        self._group_rates = group_rates(cast(Optimizer, self.optimizer))
+        return super()._get_learning_rate()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The stock save; and whole weights to load where FSDP keeps its checkpoints sharded, of which it saves none."""
