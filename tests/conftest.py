@@ -111,6 +111,7 @@ TRAINER_OPTIONS = (
     "optimizer_cls_and_kwargs",
     "optimizers",
     "processing_class",
+    "train_sampler",
 )
 
 

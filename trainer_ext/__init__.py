@@ -9,32 +9,40 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainer_ext import manual_loop, parity
     from trainer_ext.arguments import CustomTrainingArguments
+    from trainer_ext.drawn_orders import ClassBalancedOrder, WeightedOrder
     from trainer_ext.exact_loss import ExactLossMixin
     from trainer_ext.losses import LOSSES, LossTerms, class_weights
     from trainer_ext.samplers import LengthGroupedOrder
+    from trainer_ext.token_budget import TokenBudgetBatches
     from trainer_ext.trainer import CustomTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassBalancedOrder",
     "CustomTrainer",
     "CustomTrainingArguments",
     "ExactLossMixin",
     "LOSSES",
     "LengthGroupedOrder",
     "LossTerms",
+    "TokenBudgetBatches",
+    "WeightedOrder",
     "class_weights",
     "manual_loop",
     "parity",
 ]
 
 _HOMES = {
+    "ClassBalancedOrder": "trainer_ext.drawn_orders",
     "CustomTrainer": "trainer_ext.trainer",
     "CustomTrainingArguments": "trainer_ext.arguments",
     "ExactLossMixin": "trainer_ext.exact_loss",
     "LOSSES": "trainer_ext.losses",
     "LengthGroupedOrder": "trainer_ext.samplers",
     "LossTerms": "trainer_ext.losses",
+    "TokenBudgetBatches": "trainer_ext.token_budget",
+    "WeightedOrder": "trainer_ext.drawn_orders",
     "class_weights": "trainer_ext.losses",
 }
 

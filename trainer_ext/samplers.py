@@ -17,6 +17,8 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import has_length
 
+from trainer_ext.token_budget import TokenBudgetBatches
+
 if TYPE_CHECKING:  # the mixin calls a Trainer's methods through super() and self, and is none itself
     from transformers import Trainer as _TrainerBase
 else:
@@ -77,10 +79,46 @@ class LengthGroupedOrder(Sampler[int]):
 
 
 class ExactOrderMixin(_TrainerBase):
-    """Put before a `Trainer` class among the bases, it gives every rank the same order, and each epoch its own."""
+    """Put before a `Trainer` class among the bases, it gives every rank the same order, and each epoch its own.
+
+    Args:
+        train_sampler: The order of the training rows, in the place of `train_sampling_strategy`: a `Sampler` of row
+            numbers whose order is the same on every rank, such as `ClassBalancedOrder`, or `TokenBudgetBatches`. With a
+            method `set_epoch` it is told every epoch. Everything else goes to the `Trainer`.
+
+    Raises:
+        ValueError: A strategy is named too, or the rows cannot be drawn by number.
+    """
+
+    def __init__(self, *args: Any, train_sampler: Sampler[Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._train_sampler = train_sampler
+        if train_sampler is None:
+            return
+        if self.args.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampler and train_sampling_strategy={self.args.train_sampling_strategy!r} both give the order of "
+                "the rows: choose one."
+            )
+        if not has_length(self.train_dataset):
+            raise ValueError("train_sampler draws rows by number, and the training dataset is a stream.")
+        if isinstance(train_sampler, TokenBudgetBatches) and any(
+            getattr(self.args.accelerator_config, name) for name in ("split_batches", "dispatch_batches")
+        ):
+            raise ValueError(
+                "TokenBudgetBatches deals out whole batches: leave split_batches and dispatch_batches out."
+            )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(self._train_sampler, TokenBudgetBatches):
+            self._train_sampler.deal(
+                ranks=self.args.world_size,
+                rank=self.args.process_index,
+                accumulation=self.args.gradient_accumulation_steps,
+            )
+        if self._train_sampler is not None:
+            return self._train_sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if self.args.train_sampling_strategy == "group_by_length" and has_length(dataset):
             return LengthGroupedOrder(self._row_lengths(dataset), self._rows_of_a_step(), seed=seed)

@@ -28,8 +28,8 @@ class _OneMultiplier(_ScheduleBase):
     """Put before a schedule among the bases, it gives the schedule one rate to move and every group its share of it."""
 
     def __init__(self, optimizer: Optimizer, **options: Any) -> None:
-        self.groups = optimizer.param_groups
-        for group in self.groups:
+        self.driven = optimizer  # itself: its list of groups is another one after a resume
+        for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self.own_rate = own_rate(optimizer)
         super().__init__(SGD([torch.zeros(())], lr=self.own_rate), **options)
@@ -41,7 +41,7 @@ class _OneMultiplier(_ScheduleBase):
         self._share()
 
     def state_dict(self) -> dict[str, Any]:
-        state = {name: value for name, value in super().state_dict().items() if name not in ("groups", "own_rate")}
+        state = {name: value for name, value in super().state_dict().items() if name not in ("driven", "own_rate")}
         return {**state, "rate": self.optimizer.param_groups[0]["lr"]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -51,9 +51,9 @@ class _OneMultiplier(_ScheduleBase):
 
     def _share(self) -> None:
         multiplier = self.optimizer.param_groups[0]["lr"] / self.own_rate if self.own_rate else 1.0
-        for group in self.groups:
+        for group in self.driven.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
-        self._last_lr = [group["lr"] for group in self.groups]
+        self._last_lr = [group["lr"] for group in self.driven.param_groups]
 
 
 class ProportionalPlateau(_OneMultiplier, ReduceLROnPlateau):
