@@ -112,6 +112,10 @@ class ExactOrderMixin(_TrainerBase):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(self._train_sampler, TokenBudgetBatches):
+            if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
+                raise ValueError(
+                    "TokenBudgetBatches gives each rank rows of its own, and some ranks share theirs here."
+                )
             self._train_sampler.deal(
                 ranks=self.args.world_size,
                 rank=self.args.process_index,

@@ -61,7 +61,7 @@ class ProportionalPlateau(_OneMultiplier, ReduceLROnPlateau):
     evaluations. `min_lr` and `eps` are rates of the optimizer's own."""
 
 
-class ProportionalGreedy(_OneMultiplier, GreedyLR):
+class ProportionalGreedy(_OneMultiplier, GreedyLR):  # type: ignore[misc]  # the bases annotate get_last_lr differently
     """`GreedyLR` (https://arxiv.org/abs/2512.14527): lowered by `factor` on a plateau, raised by it on improvement.
 
     Raises:
@@ -71,7 +71,7 @@ class ProportionalGreedy(_OneMultiplier, GreedyLR):
 
     def __init__(self, optimizer: Optimizer, **options: Any) -> None:
         super().__init__(optimizer, **options)
-        low, high = self.min_lrs[0], self.max_lrs[0]  # type: ignore[attr-defined]
+        low, high = self.min_lrs[0], self.max_lrs[0]
         if not low <= self.own_rate <= high:
             raise ValueError(
                 f"lr_scheduler_type='greedy' moves the rate between min_lr={low} and max_lr={high}, and the learning rate "
