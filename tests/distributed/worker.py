@@ -19,7 +19,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer
 
 from tests.conftest import logged, rows, tiny_model
-from trainer_ext import CustomTrainer, CustomTrainingArguments, accelerate_loop, exact_loss, samplers
+from trainer_ext import (
+    CustomTrainer,
+    CustomTrainingArguments,
+    TokenBudgetBatches,
+    WeightedOrder,
+    accelerate_loop,
+    exact_loss,
+    samplers,
+)
 from trainer_ext.loop_settings import loop_settings
 from trainer_ext.repeated_rows import UncountedBatch
 
@@ -56,6 +64,11 @@ CASES = {
     "stream, ranks without rows": {"rows": 13, "stream": True},
     "stream, accumulation": {"rows": 13, "stream": True, "gradient_accumulation_steps": 2},
     "stream, fewer rows than ranks": {"rows": 2, "stream": True},
+    "drawn by weight": {"rows": 22, "sampler": lambda data: WeightedOrder([1.0] * len(data), seed=5)},
+    "budget of tokens": {
+        "rows": 32, "various": "lengths", "max_steps": 8, "gradient_accumulation_steps": 6 // RANKS,
+        "sampler": lambda data: TokenBudgetBatches([len(row) for row in data["input_ids"]], 24, seed=5, round_to=1),
+    },
     "dispatched": {"rows": 22, "accelerator_config": {"dispatch_batches": True}},
 }  # fmt: skip
 # What must not come out alike on one process and on several; with dropout, whose masks go by the rank, it cannot.
@@ -69,7 +82,7 @@ MUTATIONS = {
         "accelerator_config": {"use_seedable_sampler": False},
     },
 }  # fmt: skip
-RESUMED = ("grouped by length, accumulation", "rebalanced")
+RESUMED = ("grouped by length, accumulation", "rebalanced", "budget of tokens")
 
 
 @contextmanager
@@ -118,6 +131,7 @@ def trainer_of(case, **more):
         data = data.cast_column("labels", Value("float64"))
     elif options.get("loss") is None and trainer_class is CustomTrainer:
         options["class_weights"] = WEIGHTS
+    sampler = {"train_sampler": make(data)} if (make := options.pop("sampler", None)) else {}
     number = {tuple(row): i for i, row in enumerate(data["input_ids"])}
     assert len(number) == len(data), "rows are told apart by their tokens"
     if options.pop("stream", False):
@@ -165,6 +179,7 @@ def trainer_of(case, **more):
         train_dataset=data,
         eval_dataset=data,
         data_collator=collate,
+        **sampler,
     ), seen
 
 
