@@ -20,6 +20,7 @@ CORE = (
     "SwinConfig",
     "MambaConfig",
     "XLNetConfig",
+    "EncodecConfig",
 )
 
 

@@ -179,13 +179,13 @@ def _is_stack(module: nn.Module) -> bool:
 
 
 def _elements(stack: nn.Module) -> list[list[int]]:
-    """The numbers of the blocks in each element: one each, or those of a stage."""
+    """The numbers of the blocks in each element: one each, or those of a stage; an activation between two takes none."""
     staged, number = _is_staged(stack), 0
     elements = []
     for element in stack.children():
         blocks = _inner(element) if staged else None
-        size = 1 if blocks is None else len(list(blocks.children()))
-        elements.append(list(range(number + 1, number + size + 1)))
+        size = int(any(True for _ in element.parameters())) if blocks is None else len(list(blocks.children()))
+        elements.append(list(range(number + 1, number + size + 1)) or [number])
         number += size
     return elements
 
