@@ -5,10 +5,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.optim import Optimizer
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from trainer_ext.engine import settle_on_cpu
+from trainer_ext.optim.factory import find_optimizer, optimizer_kwargs
 from trainer_ext.optim.rules import parse_rules, rate_findings, read_rules
 from trainer_ext.optim.schedules import NAMES, check_schedule
 
@@ -43,6 +46,13 @@ class CustomTrainingArguments(TrainingArguments):
                 "help": f"The learning rate's course: {', '.join(NAMES)}. Its options go to lr_scheduler_kwargs."
             },
         )
+    )
+    optim: str = field(
+        default=str(TrainingArguments.optim),
+        metadata={
+            "help": f"The optimizer: one of {', '.join(name.value for name in OptimizerNames)}; `muon`; or "
+            "the import path of one, such as torch.optim.NAdam. Its options go to optim_args, as key=value, key=value."
+        },
     )
     loss: dict[str, float] | str | None = field(  # in this order for HfArgumentParser
         default=None,
@@ -110,14 +120,17 @@ class CustomTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         settle_on_cpu(self)
-        schedule = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
-        if schedule not in set(SchedulerType):  # one of ours, or none: the stock check knows its own names only
-            self.lr_scheduler_type = "linear"
+        own = {
+            name: value
+            for name, known in (("lr_scheduler_type", SchedulerType), ("optim", OptimizerNames))
+            if (value := getattr(self, name)) not in set(known)
+        }
+        for name in own:  # the stock check knows its own names only
+            setattr(self, name, type(self).__dataclass_fields__[name].default)
         super().__post_init__()
-        if schedule != self.lr_scheduler_type:
-            self.lr_scheduler_type = schedule
-        options = self.lr_scheduler_kwargs
-        findings = check_schedule(schedule, options if isinstance(options, dict) else {})
+        for name, value in own.items():
+            setattr(self, name, value)
+        findings = self._optimizer_findings()
         findings += [
             f"{name}={getattr(self, name)} must be 1 or more" for name in COUNTS if not getattr(self, name) >= 1
         ]
@@ -145,6 +158,44 @@ class CustomTrainingArguments(TrainingArguments):
         if findings:
             raise ValueError("; ".join(findings))
 
+    def set_optimizer(self, name: str = "adamw_torch", *args: Any, **kwargs: Any) -> "CustomTrainingArguments":
+        """As in transformers, with `muon` and import paths among the names.
+
+        Raises:
+            ValueError: There is no such optimizer, or it has no such argument.
+        """
+        super().set_optimizer("adamw_torch", *args, **kwargs)
+        return self._set(optim=OptimizerNames(name) if name in set(OptimizerNames) else name)
+
+    def set_lr_scheduler(self, name: str = "linear", *args: Any, **kwargs: Any) -> "CustomTrainingArguments":
+        """As in transformers, with `one_cycle` among the names.
+
+        Raises:
+            ValueError: There is no such schedule, or it does not take `lr_scheduler_kwargs`.
+        """
+        super().set_lr_scheduler("linear", *args, **kwargs)
+        return self._set(lr_scheduler_type=SchedulerType(name) if name in set(SchedulerType) else name)
+
+    def _set(self, **names: Any) -> "CustomTrainingArguments":
+        for name, value in names.items():
+            setattr(self, name, value)
+        if findings := self._optimizer_findings():
+            raise ValueError("; ".join(findings))
+        return self
+
+    def _optimizer_findings(self) -> list[str]:
+        """What is wrong with the schedule's and the optimizer's names and options, where they are ours."""
+        schedule, options = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        findings = check_schedule(
+            str(getattr(schedule, "value", schedule)), options if isinstance(options, dict) else {}
+        )
+        if not isinstance(self.optim, OptimizerNames):
+            try:
+                own_optimizer(self)
+            except ValueError as error:
+                findings.append(str(error))
+        return findings
+
     def _settle_groups(self) -> list[str]:
         """Read what JSON and single words stand for; what is wrong with the knobs of the parameter groups."""
         findings = rate_findings(self.layerwise_lr_decay, self.head_lr_multiplier)
@@ -161,6 +212,17 @@ class CustomTrainingArguments(TrainingArguments):
             except ValueError as error:
                 findings.append(str(error))
         return findings
+
+
+def own_optimizer(args: TrainingArguments) -> tuple[type[Optimizer], dict[str, Any]]:
+    """The class and arguments that `optim` and `optim_args` stand for, where `optim` is no name of transformers.
+
+    Raises:
+        ValueError: There is no such optimizer, or it has no such argument.
+    """
+    cls = find_optimizer(str(args.optim))
+    betas = (args.adam_beta1, args.adam_beta2)
+    return cls, optimizer_kwargs(cls, args.optim_args, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
 
 
 def group_options(args: TrainingArguments) -> dict[str, Any]:

@@ -25,6 +25,9 @@ class LoopSettings:
         warmup_steps: Optimizer steps; a value below 1 is a share of all steps.
         max_grad_norm: Where the gradient's norm is clipped; 0 or less for never.
         evaluate_each_epoch: Whether to evaluate after every epoch, or after the last step only.
+        layerwise_lr_decay: The rate of each layer as a multiple of that of the layer above; the head's is 1.
+        head_lr_multiplier: What the head's rate is multiplied by besides.
+        muon: Whether Muon takes the matrices of the layers, as `MuonWithAdamW`; `fused` is of AdamW alone.
         divide_by: `"weights"`, the sum of the weights, or `"items"`, the number of labels.
     """
 
@@ -39,6 +42,9 @@ class LoopSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     fused: bool = True
+    layerwise_lr_decay: float = 1.0
+    head_lr_multiplier: float = 1.0
+    muon: bool = False
     warmup_steps: float = 0
     max_grad_norm: float = 1.0
     label_smoothing: float = 0.0
@@ -64,7 +70,7 @@ class LoopSettings:
 IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "lr_scheduler_type": ("linear",),
     "lr_scheduler_kwargs": (None, {}),
-    "optim": ("adamw_torch", "adamw_torch_fused"),
+    "optim": ("adamw_torch", "adamw_torch_fused", "muon"),
     "optim_args": (None,),
     "train_sampling_strategy": ("random",),
     "data_seed": (None,),
@@ -86,8 +92,6 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "deepspeed": (None,),
     "loss": (None, "cross_entropy"),
     "loss_kwargs": (None, {}),
-    "layerwise_lr_decay": (1.0,),
-    "head_lr_multiplier": (1.0,),
     "freeze": (None, []),
     "param_group_rules": (None, []),
 }
@@ -120,6 +124,9 @@ def loop_settings(args: "TrainingArguments") -> LoopSettings:
         betas=(args.adam_beta1, args.adam_beta2),
         epsilon=args.adam_epsilon,
         fused=args.optim == "adamw_torch_fused",
+        layerwise_lr_decay=getattr(args, "layerwise_lr_decay", 1.0),
+        head_lr_multiplier=getattr(args, "head_lr_multiplier", 1.0),
+        muon=args.optim == "muon",
         warmup_steps=args.warmup_steps,
         max_grad_norm=args.max_grad_norm,
         label_smoothing=args.label_smoothing_factor,

@@ -6,10 +6,11 @@ from accelerate.utils import DummyOptim
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from trainer_ext.arguments import asks_for_groups, group_options
+from trainer_ext.arguments import asks_for_groups, group_options, own_optimizer
 from trainer_ext.engine import (
     check_engine,
     checkpoint_with_dropout_masks,
@@ -99,6 +100,13 @@ class CustomTrainer(ExactLossMixin, Trainer):
                 "MuonWithAdamW needs whole matrices, and DeepSpeed and FSDP split them; use DDP or AdamW."
             )
         return self.optimizer
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        """What `--optim` names: an entry of transformers' table, `muon`, or an import path."""
+        if args.optim not in set(OptimizerNames):
+            return own_optimizer(args)
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """The schedule that `lr_scheduler_type` names, unless there is one already (`optimizers=`)."""

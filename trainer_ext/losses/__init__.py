@@ -1,5 +1,6 @@
 """The losses, by name. Each follows `contract.py`; a name that is not here may be an import path."""
 
+from trainer_ext.import_path import is_import_path
 from trainer_ext.losses.class_weights import class_weights
 from trainer_ext.losses.contract import ConfiguredLoss, Loss, LossTerms, check_loss, import_loss
 from trainer_ext.losses.cross_entropy import cross_entropy
@@ -40,6 +41,6 @@ def find_loss(name: str) -> Loss:
     """
     if name in LOSSES:
         return LOSSES[name]
-    if "." in name or ":" in name:
+    if is_import_path(name):
         return import_loss(name)
     raise ValueError(f"loss {name!r} is not known. Choices: {', '.join(sorted(LOSSES))}, model, or an import path.")

@@ -17,11 +17,12 @@ the gradients add up to the gradient of L(S), however S was split.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from trainer_ext.import_path import imported
 
 IGNORE_INDEX = -100
 
@@ -210,11 +211,7 @@ def import_loss(path: str) -> Loss:
     Raises:
         ValueError: There is no such module or name, or what it names is not a `Loss`.
     """
-    module_name, _, name = path.replace(":", ".").rpartition(".")
-    try:
-        found = getattr(import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"loss {path!r}: cannot import it ({error})") from error
+    found = imported(path, "loss")
     return check_loss(found() if isinstance(found, type) else found, path)
 
 

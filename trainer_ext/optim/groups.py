@@ -111,7 +111,7 @@ def decays(module: nn.Module, parameter: nn.Parameter) -> bool:
 
 
 def groups(rows: Sequence[Assignment], lr: float | None = None) -> list[dict[str, Any]]:
-    """Torch's parameter groups, in order of appearance.
+    """Torch's parameter groups, in order of appearance, each with its `name`.
 
     Args:
         rows: The table.
@@ -127,7 +127,7 @@ def groups(rows: Sequence[Assignment], lr: float | None = None) -> list[dict[str
             if lr is None:
                 raise ValueError(f"group {row.group} has {multiplier} times the learning rate, and there is no rate.")
             settings["lr"] = lr * multiplier
-        found.setdefault(row.group, {"params": [], **settings})["params"].append(row.parameter)
+        found.setdefault(row.group, {"params": [], "name": row.group, **settings})["params"].append(row.parameter)
     return list(found.values())
 
 

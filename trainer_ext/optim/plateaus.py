@@ -12,6 +12,8 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers.optimization import GreedyLR
 
+from trainer_ext.engine import base_optimizer
+
 if TYPE_CHECKING:  # the mixin calls the schedule's methods through super(), and is none itself
     _ScheduleBase = ReduceLROnPlateau
 else:
@@ -20,7 +22,7 @@ else:
 
 def own_rate(optimizer: Optimizer) -> float:
     """The rate that the optimizer was made with; the highest of its groups where it was made without."""
-    rate = optimizer.defaults.get("lr")
+    rate = base_optimizer(optimizer).defaults.get("lr")
     return float(max(group["lr"] for group in optimizer.param_groups) if rate is None else rate)
 
 

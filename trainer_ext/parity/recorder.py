@@ -29,7 +29,17 @@ STEPS_BETWEEN_LOOKS = 64
 MOST_STEPS_BETWEEN_WRITES, SECONDS_BETWEEN_WRITES = 64, 1.0
 STEPS_BETWEEN_DIGESTS = 500
 # Of a parameter group: recorded elsewhere, or which kernel computes the same thing.
-NOT_SETTINGS = ("params", "lr", "initial_lr", "weight_decay", "foreach", "fused", "capturable", "differentiable")
+NOT_SETTINGS = (
+    "params",
+    "name",
+    "lr",
+    "initial_lr",
+    "weight_decay",
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+)
 _as_json = json.JSONEncoder(allow_nan=False, default=str).encode
 
 
@@ -58,6 +68,7 @@ class Recorder:
         self._pending: list[Pending] = []
         self._norms: list[list[Tensor]] | None = None
         self._rates: list[Any] = []
+        self._groups: list[dict[str, Any]] = []  # of the optimizer that `watch` saw
         self._shards: tuple[bool, int] = (False, 1)
         self._model: nn.Module | None = None
         self._unhook: Any = None
@@ -225,10 +236,16 @@ class Recorder:
         self._write({"kind": "begin", "optimizer": held, "weight_decay": decay, "groups": named, "parameters": about})
 
     def _before_any(self, optimizer: Optimizer) -> None:
-        """One of a process's optimizers is about to step; ours is one that holds a parameter of the model."""
+        """One of a process's optimizers is about to step; ours is one that holds a parameter of the model, and not a part
+        of ours, which steps inside it with some of its groups."""
         own = self._names()
-        if any(parameter in own for group in optimizer.param_groups for parameter in group["params"]):
-            self.optimizer(optimizer)
+        if any(group is part for group in self._groups for part in optimizer.param_groups):
+            if len(optimizer.param_groups) < len(self._groups):
+                return
+        elif not any(parameter in own for group in optimizer.param_groups for parameter in group["params"]):
+            return
+        self._groups = optimizer.param_groups
+        self.optimizer(optimizer)
 
     def _looks_closely(self, step: int) -> bool:
         """Whether to take what costs as much as all the rest: the groups' norms and the random state."""
