@@ -24,6 +24,8 @@ CASES = {
     "no clipping": {"max_grad_norm": 0.0},
     "clipping off by -1": {"max_grad_norm": -1.0},
     "loop AdamW": {"optim": "adamw_torch"},
+    "layer-wise rates": {"layerwise_lr_decay": 0.5, "head_lr_multiplier": 4.0, "weight_decay": 0.3},
+    "muon": {"optim": "muon", "layerwise_lr_decay": 0.5, "weight_decay": 0.3},
     "smoothing": {"label_smoothing_factor": 0.1, "class_weights": [1.0, 3.0]},
     "part of an epoch": {"max_steps": 4},
     "another seed": {"seed": 7},

@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 from trainer_ext.manual_loop import (
     LoopResult,
     LoopSettings,
-    build_optimizer,
     denominator,
     epoch_order,
     linear_with_warmup,
     summed_loss,
 )
+from trainer_ext.reference_optimizer import build_optimizer
 from trainer_ext.repeated_rows import UncountedBatch, without_repeated_rows
 
 

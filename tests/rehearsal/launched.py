@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from trainer_ext import CustomTrainer, CustomTrainingArguments
-from trainer_ext.engine import base_optimizer, parameter_groups, runs_on
+from trainer_ext.engine import base_optimizer, full_parameters, parameter_groups, runs_on
 
 TRAINERS = {"stock": (Trainer, TrainingArguments), "custom": (CustomTrainer, CustomTrainingArguments)}
 
@@ -30,7 +30,7 @@ TRAINERS = {"stock": (Trainer, TrainingArguments), "custom": (CustomTrainer, Cus
 @dataclass
 class Options:
     trainer: str = "stock"
-    fault: str = "none"  # without_fsdp, without_training, breaks
+    fault: str = "none"  # without_fsdp, without_training, breaks, one_rate
 
 
 class Breaks(TrainerCallback):
@@ -39,6 +39,17 @@ class Breaks(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 1:
             raise RuntimeError("this script breaks")
+
+
+class OneRate(TrainerCallback):
+    """Takes from every parameter group the rate of its own."""
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate
+
+
+FAULTS = {"breaks": Breaks, "one_rate": OneRate}
 
 
 def model():
@@ -53,12 +64,18 @@ def rows(count=64):
     return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row[0] % 2} for row in ids]
 
 
-def seen(trainer, names):
-    """What the trainer stands on, its parameter groups by the parameters' names, and what it logged."""
+def seen(trainer, before):
+    """What the trainer stands on, its parameter groups by the parameters' names, how far each parameter went at most, and
+    what it logged."""
+    optimizer = base_optimizer(trainer.optimizer)
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}  # FSDP2 put others in place
     return {
+        "group_names": [group.get("name") for group in optimizer.param_groups],
+        "initial_rates": [group.get("initial_lr") for group in optimizer.param_groups],
+        "moved": {name: float((w - before[name]).abs().max()) for name, w in full_parameters(trainer.model)},
         "runs_on": asdict(runs_on(trainer)),
         "groups": [sorted(names[id(p)] for p in group) for group in parameter_groups(trainer)],
-        "weight_decay": [group["weight_decay"] for group in base_optimizer(trainer.optimizer).param_groups],
+        "weight_decay": [group["weight_decay"] for group in optimizer.param_groups],
         "schedule": type(getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)).__name__,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
@@ -70,14 +87,14 @@ def main():
     arguments = TRAINERS["custom" if "custom" in sys.argv else "stock"][1]
     options, args = HfArgumentParser((Options, arguments)).parse_args_into_dataclasses()
     made = model()
-    names = {id(parameter): name for name, parameter in made.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in made.named_parameters()}
     trainer = TRAINERS[options.trainer][0](model=made, args=args, train_dataset=rows())
-    if options.fault == "breaks":
-        trainer.add_callback(Breaks())
+    if options.fault in FAULTS:
+        trainer.add_callback(FAULTS[options.fault]())
     if options.fault != "without_training":
         trainer.train()
         path = Path(args.output_dir) / f"seen{args.process_index}.json"
-        path.write_text(json.dumps(seen(trainer, names)))
+        path.write_text(json.dumps(seen(trainer, before)))
 
 
 if __name__ == "__main__":

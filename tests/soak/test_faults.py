@@ -14,11 +14,11 @@ from tests.conftest import rows, tiny_model
 from tests.parity import ddp_faults
 from tests.parity.faults import FAULTS, model_of, run_both
 from tests.soak.peers import Run, guardtower_flags, pytest_torch_flags, said_beyond
-from trainer_ext import manual_loop
 from trainer_ext.engine import base_optimizer
 from trainer_ext.loop_settings import LoopSettings
 from trainer_ext.parity import compare, diagnose
 from trainer_ext.parity.tolerance import BITWISE, ROUNDING
+from trainer_ext.reference_optimizer import build_optimizer
 
 PEERS = {"guardtower": guardtower_flags, "pytest-torch": pytest_torch_flags}
 pytestmark = [
@@ -70,7 +70,7 @@ def shown(trajectory, initial, batch):
     model = tiny_model(tokens=batch["labels"].ndim > 1)
     model.load_state_dict(trajectory.tensors, strict=False)
     assert not {name for name, _ in model.named_parameters()} - trajectory.tensors.keys()
-    return Run(trajectory, initial, model, batch, manual_loop.build_optimizer(model, LoopSettings()))
+    return Run(trajectory, initial, model, batch, build_optimizer(model, LoopSettings()))
 
 
 def found(name, reference, candidate, tolerance):

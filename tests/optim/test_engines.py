@@ -1,0 +1,102 @@
+"""Rates, decay and state as the running engine has them, on two real ranks: no group may lose what it was given.
+
+The rates are far apart, by factors of 4, and what each parameter moved says with which it was really stepped: two steps of
+Adam go at least one rate far and at most one and a half, as the linear schedule halves the second.
+"""
+
+import json
+import re
+
+import pytest
+import torch
+
+from tests.test_launches import ACCELERATE, TORCHRUN, at_the_root, launch  # noqa: F401  (a fixture)
+from trainer_ext.rehearsal.processes import run_launch
+
+SCRIPT = ["tests/rehearsal/launched.py", "--trainer", "custom"]
+RATE, DECAY = 2**-10, 0.25
+KNOBS = {
+    "learning_rate": RATE,
+    "layerwise_lr_decay": 0.25,
+    "head_lr_multiplier": 4,
+    "weight_decay": DECAY,
+    "max_grad_norm": 0,
+    "lr_scheduler_type": "linear",
+    "max_steps": 2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "per_device_train_batch_size": 4,
+}
+MULTIPLIERS = {"bert.embeddings": 1 / 16, "bert.encoder": 1 / 4, "bert.pooler": 1, "classifier": 4}
+ENGINES = {
+    "ddp": ("DistributedDataParallel", None, "AdamW"),
+    "zero1": ("DeepSpeedEngine", 1, "AdamW"),
+    "zero2": ("DeepSpeedEngine", 2, "AdamW"),
+    "zero3": ("DeepSpeedEngine", 3, "AdamW"),
+    "zero2_offload": ("DeepSpeedEngine", 2, "DeepSpeedCPUAdam"),
+    "fsdp2": ("FSDPBertForSequenceClassification", None, "AdamW"),
+}
+
+pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without an accelerator")
+
+
+def run(engine, out, *more):
+    """What both ranks saw."""
+    words = [
+        *SCRIPT,
+        *more,
+        "--output_dir",
+        out,
+        *(word for name, value in KNOBS.items() for word in (f"--{name}", value)),
+    ]
+    if engine == "fsdp2":
+        typed = ["trainer-ext", "rehearse", "--timeout", "300", "--no-resume", "--", *ACCELERATE]
+        typed += ["fsdp_configs/fsdp2.yaml", *map(str, words)]
+        code, output = run_launch(typed, out / "log", processes=2, timeout=400)
+    else:
+        given = [] if engine == "ddp" else ["--deepspeed", f"ds_configs/{engine}.json"]
+        code, output = launch(TORCHRUN, out / "log", *words, *given)
+    assert code == 0, output[-3000:]
+    return [json.loads((out / f"seen{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def expected(name):
+    """The multiplier of a parameter's rate, and its decay: by hand, for one block."""
+    multiplier = next(value for prefix, value in MULTIPLIERS.items() if name.startswith(prefix))
+    return multiplier, 0.0 if re.search(r"bias|LayerNorm", name) else DECAY
+
+
+def wrongly_stepped(moved):
+    """The parameters that did not move as their rate says; the keys' biases have no gradient but rounding."""
+    rates = {name: RATE * expected(name)[0] for name in moved if not name.endswith("key.bias")}
+    return {name for name, rate in rates.items() if not 0.9 * rate < moved[name] < 1.6 * rate}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_group_keeps_its_rate_and_decay(tmp_path, engine):
+    first, second = run(engine, tmp_path)
+    wrapper, stage, optimizer = ENGINES[engine]
+    on = first["runs_on"]
+    assert (on["engine"], on["stage"], on["world_size"], on["optimizer"]) == (wrapper, stage, 2, optimizer)
+    assert first["log"] == second["log"]
+    fraction = 1.0 if engine == "ddp" else 0.5
+    assert on["optimizer_fraction"] == pytest.approx(fraction, abs=0.1)
+
+    grouped = zip(first["groups"], first["group_names"], first["initial_rates"], first["weight_decay"], strict=True)
+    seen_names = []
+    for members, group, rate, decay in grouped:
+        assert members
+        for name in members:
+            multiplier, own_decay = expected(name)
+            assert (rate, decay) == (RATE * multiplier, own_decay), name
+        logged = [entry[f"learning_rate_{group}"] for entry in first["log"]]
+        assert logged == pytest.approx([rate, rate / 2])
+        seen_names += members
+    assert sorted(seen_names) == sorted(first["moved"])
+
+    assert not wrongly_stepped(first["moved"])
+
+
+def test_a_lost_rate_is_seen(tmp_path):
+    first, _ = run("ddp", tmp_path, "--fault", "one_rate")
+    assert len(wrongly_stepped(first["moved"])) == len(first["moved"]) - 1  # all but the keys' bias
