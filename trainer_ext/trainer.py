@@ -95,9 +95,10 @@ class CustomTrainer(ExactLossMixin, Trainer):
             logger.info("The DeepSpeed config's optimizer is built, over our parameter groups; --optim is not used.")
             rows = assign(cast(nn.Module, self.model), **group_options(self.args))
             self.optimizer.params = groups(rows, self.args.learning_rate)
-        if isinstance(self.optimizer, MuonWithAdamW) and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if isinstance(self.optimizer, MuonWithAdamW) and self.is_deepspeed_enabled:
             raise ValueError(
-                "MuonWithAdamW needs whole matrices, and DeepSpeed and FSDP split them; use DDP or AdamW."
+                "MuonWithAdamW needs whole matrices, and ZeRO flattens them; take DeepSpeed's own Muon (zero2_muon.json, "
+                "zero3_muon.json), DDP, FSDP2, or AdamW."
             )
         return self.optimizer
 

@@ -112,12 +112,12 @@ def test_all_findings_about_the_knobs_come_at_once(arguments):
         assert part in str(error.value)
 
 
-def test_the_manual_loop_refuses_them(arguments):
+def test_the_manual_loop_refuses_what_it_does_not_know(arguments):
     rules = [{"ndim": 1, "weight_decay": 0}]
-    args = arguments(layerwise_lr_decay=0.9, head_lr_multiplier=2.0, freeze=["embeddings"], param_group_rules=rules)
+    args = arguments(freeze=["embeddings"], param_group_rules=rules)
     with pytest.raises(ValueError) as error:
         loop_settings(args)
-    for name in ("layerwise_lr_decay", "head_lr_multiplier", "freeze", "param_group_rules"):
+    for name in ("freeze", "param_group_rules"):
         assert name in str(error.value)
 
 

@@ -56,13 +56,23 @@ def test_fsdp2_trains_a_new_head_on_every_rank_in_float64(tmp_path, headless):
     assert row["max_abs_weight_difference"] < 1e-9
 
 
-def test_zero3(tmp_path):
-    code, rows = parity_run(tmp_path, "--modes", "zero3", "--class-weights", "[1, 2.5]")
+def test_zero3_with_rates_by_layer(tmp_path):
+    rates = ["--layerwise-lr-decay", "0.5", "--head-lr-multiplier", "4", "--weight-decay", "0.1"]
+    code, rows = parity_run(tmp_path, "--modes", "zero3", "--class-weights", "[1, 2.5]", *rates)
     row = rows["zero3"]
     assert (code, row["verdict"]) == (0, "equal"), row
     assert (row["runs_on"]["engine"], row["runs_on"]["stage"]) == ("DeepSpeedEngine", 3)
     assert 0.45 < row["runs_on"]["local_fraction"] < 0.6
     assert row["dropout"] is False
+
+
+def test_fsdp2_with_muon(tmp_path):
+    words = ["--optim", "muon", "--layerwise-lr-decay", "0.5", "--learning-rate", "1e-3"]
+    code, rows = parity_run(tmp_path, "--modes", "fsdp2", *words)
+    row = rows["fsdp2"]
+    assert (code, row["verdict"]) == (0, "equal"), row
+    assert row["runs_on"]["engine"] == "FSDPBertForSequenceClassification"
+    assert 0.45 < row["runs_on"]["local_fraction"] < 0.55
 
 
 def test_zero_is_not_held_in_float64(tmp_path):

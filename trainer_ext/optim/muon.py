@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from trainer_ext.optim.depth import whole_shape
@@ -40,7 +41,8 @@ class MuonWithAdamW(Optimizer):
     """Two optimizers behind one: groups with `use_muon` true are stepped by `torch.optim.Muon`, the others by AdamW.
 
     Groups, state and `state_dict` are one, so schedulers and checkpoints see a single optimizer. Muon needs each matrix
-    whole, so it does not run where parameters are sharded (DeepSpeed ZeRO, FSDP).
+    whole: under FSDP2 each rank keeps the momentum of its shard, gathers one matrix after the other and orthogonalises it.
+    ZeRO flattens its parameters, so it cannot.
 
     Args:
         params: Groups with `use_muon`, as `groups(with_muon(assign(...), model))` makes them.
@@ -92,5 +94,29 @@ class MuonWithAdamW(Optimizer):
         for use_muon, inner in self._steppers.items():  # groups and state are replaced where a checkpoint is loaded
             inner.param_groups = [group for group in self.param_groups if group[MUON] is use_muon]
             inner.state = self.state
-            inner.step()
+            if use_muon and any(isinstance(p, DTensor) for group in inner.param_groups for p in group["params"]):
+                _step_shards(inner)
+            else:
+                inner.step()
         return loss
+
+
+def _step_shards(muon: Optimizer) -> None:
+    """`torch.optim.Muon.step`, with each matrix gathered to be orthogonalised: in torch's own, the sharded products
+    are added up over the ranks in bfloat16."""
+    from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
+
+    for group in muon.param_groups:
+        lr, momentum = float(group["lr"]), group["momentum"]
+        for parameter in group["params"]:
+            if (grad := parameter.grad) is None:
+                continue
+            held = muon.state[parameter].setdefault("momentum_buffer", torch.zeros_like(grad))
+            held.lerp_(grad, 1 - momentum)
+            update = grad.lerp(held, momentum) if group["nesterov"] else held
+            whole = _zeropower_via_newtonschulz(
+                update.full_tensor(), group["ns_coefficients"], group["ns_steps"], group["eps"]
+            )
+            own = DTensor.from_local(whole, update.device_mesh).redistribute(placements=update.placements)
+            parameter.mul_(1 - lr * group["weight_decay"])
+            parameter.add_(own, alpha=-_adjust_lr(lr, group["adjust_lr_fn"], parameter.shape))
