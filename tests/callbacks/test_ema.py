@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
 
-from tests.conftest import logged, rows, tiny_model
+from tests.conftest import SIZES, logged, rows, tiny_model
 from trainer_ext.callbacks import ema
 from trainer_ext.callbacks.ema import EMACallback
 
@@ -126,32 +126,24 @@ def test_accumulation_counts_optimizer_steps(trainer):
 def test_frozen_and_tied_parameters_and_buffers(trainer):
     """A frozen one stays, a tied one is averaged once, a buffer is taken as it is."""
 
-    class Tied(BertForSequenceClassification):
-        _tied_weights_keys = {"scale.weight": "bert.pooler.dense.weight"}  # noqa: RUF012
-
-        def __init__(self, config):
-            super().__init__(config)
-            self.scale = torch.nn.Linear(config.hidden_size, config.hidden_size)
-            self.scale.weight = self.bert.pooler.dense.weight
-            self.register_buffer("seen", torch.zeros(()))
-
-        def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-            self.seen += self.training
-            return super().forward(input_ids, attention_mask, labels=labels, **kwargs)
-
-    model = Tied(tiny_model().config)
-    model.bert.embeddings.requires_grad_(False)
-    made, watch = run(trainer, model=model, save_strategy="steps", save_steps=6)
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(**SIZES))
+    model.bert.embeddings.position_embeddings.requires_grad_(False)
+    model.register_buffer("steps", torch.zeros(()))
+    model.bert.register_forward_pre_hook(lambda *_: setattr(model, "steps", model.steps + 1))
+    made, watch = run(trainer, **STOCK, model=model, train=rows(tokens=True), save_strategy="steps", save_steps=6)
     made.train()
     saved = load_file(f"{made.args.output_dir}/checkpoint-6/ema.safetensors")
-    assert saved.keys() == {n for n, _ in model.named_parameters() if "embeddings" not in n}
+    assert saved.keys() == {name for name, _ in model.named_parameters() if "position" not in name}
+    assert "cls.predictions.decoder.weight" not in saved
     expected = by_hand(watch.steps, 0.5)
     assert largest_gap(saved, {name: expected[name] for name in saved}) < 1e-6
-    assert model.scale.weight is model.bert.pooler.dense.weight
-    assert same(weights(model.bert.embeddings), {
-        name.removeprefix("bert.embeddings."): value for name, value in watch.steps[0].items() if "embeddings" in name
-    })  # fmt: skip
-    assert model.seen == 6
+    found = weights(model)
+    assert same({name: found[name] for name in saved}, saved)
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    fixed = "bert.embeddings.position_embeddings.weight"
+    assert torch.equal(found[fixed], watch.steps[0][fixed])
+    assert model.steps == 6
 
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}

@@ -1,0 +1,19 @@
+"""Averages on two ranks of DDP and of FSDP2, in float64: each rank averages what it holds."""
+
+from tests.callbacks.ema_launches import at_the_root, check, launch  # noqa: F401  (a fixture)
+
+
+def test_ddp(tmp_path):
+    ranks = launch(tmp_path)
+    check(ranks, tolerance=1e-14, shards=False)
+    assert ranks[0]["runs_on"]["engine"] == "DistributedDataParallel"
+    assert ranks[0]["runs_on"]["world_size"] == 2
+
+
+def test_fsdp2(tmp_path):
+    ranks = launch(tmp_path, fsdp=True)
+    check(ranks, tolerance=1e-14, shards=True)
+    on = ranks[0]["runs_on"]
+    assert (on["engine"], on["world_size"]) == ("FSDPBertForSequenceClassification", 2)
+    assert on["placements"] == ["(Shard(dim=0),)"]
+    assert 0.45 < on["local_fraction"] < 0.55
