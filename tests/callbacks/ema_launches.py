@@ -44,6 +44,10 @@ def check(ranks, *, tolerance, shards):
     assert (best["step"], best["eval_losses"], best["losses"]) == (2, first["eval_losses"], first["losses"])
     assert best["eval_losses"][0] > best["eval_losses"][1]
     assert best["averages"] < tolerance
+    lost_file = (
+        f"has {parts[0]} of as many ranks, and this run needs {parts[1]}" if shards else "has no ema.safetensors"
+    )
+    assert lost_file in first["refused"]
 
 
 @pytest.fixture(autouse=True)

@@ -92,6 +92,20 @@ def gaps(trainer, watch):
     }
 
 
+def refusal(out, config):
+    """What is said where the file of the last rank is lost."""
+    checkpoint = out / f"checkpoint-{SAVED}"
+    if RANK == 0:
+        max(checkpoint.glob("ema*")).unlink()
+    if RANKS > 1:
+        torch.distributed.barrier()
+    try:
+        trained(out, config, resume=str(checkpoint), watched=False)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def mutated(out, config, whole_run):
     """What the gaps are where evaluations have the weights and not the averages; so nothing touches the weights."""
     own = Shards.__subclasses__()
@@ -137,6 +151,7 @@ def main():
         "eval_losses": logged(best, "eval_loss"),
         "losses": logged(best),
     }
+    found["refused"] = refusal(out / "best", config)
     found["mutated"] = mutated(out / "mutated", config, watch)
     (out / f"seen{RANK}.json").write_text(json.dumps(found))
     if torch.distributed.is_initialized():
