@@ -14,7 +14,7 @@ from statistics import mean, stdev
 import pytest
 
 from tests.soak.test_mrpc import MRPC, checkpoint, needs_mrpc  # noqa: F401  (a fixture)
-from trainer_ext import EMACallback
+from trainer_ext.callbacks.ema import EMACallback
 from trainer_ext.arguments import CustomTrainingArguments
 from trainer_ext.finetune import build_trainer
 from trainer_ext.task import TaskArguments, prepare_task
@@ -33,12 +33,12 @@ AVERAGED = f"stock, EMA {EMA_DECAY}"
 METRICS = ("accuracy", "f1", "loss")
 
 
-class RawAtTheEnd(EMACallback):
-    """Evaluates the raw weights before the averages take their place."""
+class KeepsRaw(EMACallback):
+    """Keeps the trained weights before the averages take their place."""
 
-    def on_train_end(self, *args, **kwargs):
-        self.raw = evaluated(self.trainer)
-        super().on_train_end(*args, **kwargs)
+    def on_train_end(self, *args, model=None, **kwargs):
+        self.raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        super().on_train_end(*args, model=model, **kwargs)
 
 
 def evaluated(trainer):
@@ -69,11 +69,12 @@ def run(arm, seed, task, folder):
     if arm != "stock":
         trainer.train()
         return {arm: evaluated(trainer)}
-    average = RawAtTheEnd(decay=EMA_DECAY)
-    average.trainer = trainer
+    average = KeepsRaw(decay=EMA_DECAY)
     trainer.add_callback(average)
     trainer.train()
-    return {arm: average.raw, AVERAGED: evaluated(trainer)}
+    averaged = evaluated(trainer)
+    trainer.model.load_state_dict(average.raw)
+    return {AVERAGED: averaged, arm: evaluated(trainer)}
 
 
 @needs_mrpc
