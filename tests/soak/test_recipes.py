@@ -14,8 +14,8 @@ from statistics import mean, stdev
 import pytest
 
 from tests.soak.test_mrpc import MRPC, checkpoint, needs_mrpc  # noqa: F401  (a fixture)
-from trainer_ext.callbacks.ema import EMACallback
 from trainer_ext.arguments import CustomTrainingArguments
+from trainer_ext.callbacks.ema import EMACallback
 from trainer_ext.finetune import build_trainer
 from trainer_ext.task import TaskArguments, prepare_task
 
