@@ -1,0 +1,32 @@
+"""One answer on all ranks: what a callback decides must be the same everywhere, or the ranks wait for each other.
+
+Numbers of one rank go in; the same numbers come out on every rank. Without several processes nothing is sent.
+"""
+
+import torch
+from torch import Tensor
+
+
+def of_first_rank(values: list[float], device: torch.device) -> list[float]:
+    """Rank 0's `values` on every rank: a collective, to be called by all with lists of one length.
+
+    Args:
+        values: Numbers, sent in float64.
+        device: One that the process group can send from, `args.device` in a callback.
+    """
+    if not _several():
+        return values
+    sent = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.broadcast(sent, src=0)
+    return sent.tolist()
+
+
+def largest_of_all(value: Tensor) -> Tensor:
+    """The elementwise maximum over all ranks of finite numbers: a collective, to be called by all."""
+    if _several():
+        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+    return value
+
+
+def _several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
