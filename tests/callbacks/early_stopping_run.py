@@ -1,16 +1,8 @@
-"""A training whose metric is a table of steps, run here or in processes of its own.
+"""A training whose metric is a table of steps, run in the test's process or in others."""
 
-python -m tests.callbacks.early_stopping_run OUT STEP     is killed before STEP
-torchrun .. -m tests.callbacks.early_stopping_run OUT     every rank has a metric of its own
-"""
-
-import json
 import os
 import signal
-import sys
-from pathlib import Path
 
-import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from tests.conftest import rows, tiny_model
@@ -59,26 +51,22 @@ def trainer_of(out, values, callbacks, **options):
     return made
 
 
-def main():
-    out = Path(sys.argv[1])
-    if len(sys.argv) > 2:
-        callbacks = [EarlyStopping("score", PATIENCE, mode="min"), KilledBefore(int(sys.argv[2]))]
-        trainer_of(out, VALUES, callbacks, save_strategy="steps", save_steps=5).train()
-    rank = int(os.environ["RANK"])
-    own = VALUES if rank == 0 else [1 - value for value in VALUES]
+def run_killed(out, step):
+    """Gone before `step`."""
+    callbacks = [EarlyStopping("score", PATIENCE, mode="min"), KilledBefore(step)]
+    trainer_of(out, VALUES, callbacks, save_strategy="steps", save_steps=5).train()
+
+
+def run_with_own_metric(out):
+    """One of several ranks, each with another metric."""
+    own = VALUES if os.environ["RANK"] == "0" else [1 - value for value in VALUES]
     stopping = EarlyStopping("score", PATIENCE, mode="min")
     run = trainer_of(out, own, [stopping])
     run.train()
-    found = {
+    return {
         "engine": type(run.model_wrapped).__name__,
         "world_size": run.args.world_size,
         "metrics": [entry["eval_score"] for entry in run.state.log_history if "eval_score" in entry],
         "stopped": run.state.global_step,
         "best": stopping.best,
     }
-    (out / f"seen{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,20 +1,15 @@
 """`EarlyStopping` in stock trainers: where it stops by hand count, killed and resumed, and on two ranks."""
 
-import json
 import math
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from transformers import EarlyStoppingCallback
 
-from tests.callbacks.early_stopping_run import PATIENCE, VALUES, trainer_of
+from tests.callbacks.early_stopping_run import PATIENCE, VALUES, run_killed, run_with_own_metric, trainer_of
+from tests.callbacks.processes import exit_code, run_ranks
 from tests.conftest import rows
 from trainer_ext.callbacks.early_stopping import EarlyStopping
-
-ROOT = Path(__file__).parents[2]
 
 
 def stopped_at(out, values, *callbacks, resume=None, **options):
@@ -113,10 +108,7 @@ def test_options_out_of_range(options, says):
 def killed(tmp_path_factory):
     """What a killed process left: its last checkpoint is at step 5."""
     out = tmp_path_factory.mktemp("killed")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.early_stopping_run", str(out), "7"], cwd=ROOT, capture_output=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert exit_code(run_killed, out, 7) == -signal.SIGKILL
     assert [path.name for path in out.iterdir()] == ["checkpoint-5"]
     return out / "checkpoint-5"
 
@@ -141,11 +133,7 @@ def test_the_stock_callback_does_not(tmp_path):
 
 
 def test_two_ranks_with_uneven_metrics_stop_together(tmp_path):
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words += ["-m", "tests.callbacks.early_stopping_run", str(tmp_path)]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"seen{rank}.json").read_text()) for rank in (0, 1))
+    first, second = run_ranks(run_with_own_metric, 2, tmp_path)
     for seen in (first, second):
         assert (seen["engine"], seen["world_size"]) == ("DistributedDataParallel", 2)
         assert (seen["stopped"], seen["best"]) == (7, 0.3)

@@ -1,0 +1,66 @@
+"""Ranks in processes of their own, forked from one server that has imported everything: starting them takes a moment."""
+
+import multiprocessing
+import os
+import traceback
+
+from trainer_ext.rehearsal.processes import free_port
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["deepspeed", "transformers.trainer", "trainer_ext.trainer", "tests.conftest"])
+
+
+def run_ranks(target, ranks, *arguments, environment=None, timeout=120):
+    """Call `target(*arguments)` on every rank of a gloo group to be; what each returned, or its error.
+
+    Args:
+        target: A function of a module.
+        ranks: Processes; one of them is still told to be rank 0 of one.
+        environment: Variables besides the launcher's.
+    """
+    port = free_port()
+    pipes, processes = [], []
+    for rank in range(ranks):
+        variables = {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(environment or {}),
+        }  # fmt: skip
+        ours, theirs = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=_rank, args=(theirs, variables, target, arguments))
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        found = [pipe.recv() if pipe.poll(timeout) else ("error", "no answer in time") for pipe in pipes]
+    finally:
+        for process in processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+    errors = "\n".join(value for kind, value in found if kind == "error")
+    assert not errors, errors
+    return [value for _, value in found]
+
+
+def exit_code(target, *arguments, timeout=120):
+    """Call `target(*arguments)` in one process, which may not come to its end; its exit code."""
+    process = CONTEXT.Process(target=target, args=arguments)
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+    return process.exitcode
+
+
+def _rank(pipe, variables, target, arguments):
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        pipe.send(("returned", target(*arguments)))
+    except BaseException:
+        pipe.send(("error", traceback.format_exc()))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
