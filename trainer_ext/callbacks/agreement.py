@@ -3,6 +3,8 @@
 Numbers of one rank go in; the same numbers come out on every rank. Without several processes nothing is sent.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,15 @@ def largest_of_all(value: Tensor) -> Tensor:
     if _several():
         torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
     return value
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """What every rank holds, in the order of the ranks: a collective of pickled objects, to be called by all."""
+    if not _several():
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
 
 
 def _several() -> bool:
