@@ -1,10 +1,17 @@
 """`NonFiniteGuard` under every engine: bitwise what a run by hand gives that leaves the bad steps out."""
 
+from functools import partial
+
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import Trainer
 
 from tests.callbacks import guard_run
-from tests.callbacks.guard_run import BAD_STEPS, STEPS, run_all
+from tests.callbacks.guard_run import BAD_STEPS, STEPS, data, run_all, train
 from tests.callbacks.processes import run_ranks
+from trainer_ext.callbacks.non_finite_guard import NonFiniteGuard, _check_it_can_be_guarded
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -14,43 +21,42 @@ FSDP2 = {
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
-AUTO = {
-    name: "auto"
-    for name in (
-        "gradient_clipping",
-        "gradient_accumulation_steps",
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-    )
-}
+AUTO = ("gradient_clipping", "gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu")
 
 
 def zero(stage, **more):
-    return {**AUTO, "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100}, **more}
+    return {
+        **dict.fromkeys(AUTO, "auto"),
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100},
+        **more,
+    }
 
 
 UNCHECKED = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+RUNS = ("skipped", "by hand", "raised", "raised at the loss")
 ENGINES = {
     "single": ("BertForSequenceClassification", None),
     "ddp": ("DistributedDataParallel", None),
     "fsdp2": ("FSDPBertForSequenceClassification", None),
     "zero2": ("DeepSpeedEngine", 2),
-    "zero2 bf16 unchecked": ("DeepSpeedEngine", 2),
     "zero3": ("DeepSpeedEngine", 3),
+    "zero2 unchecked": ("DeepSpeedEngine", 2),
 }
 
 
 @pytest.fixture(scope="module")
 def found():
     """Of each engine what its ranks saw."""
-    deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true"}
+    launched = {"environment": {"ACCELERATE_USE_DEEPSPEED": "true"}}
     return {
         "single": [run_all()],
         "ddp": run_ranks(run_all, 2),
         "fsdp2": run_ranks(run_all, 2, environment=FSDP2),
-        "zero2": run_ranks(run_all, 2, zero(2), environment=deepspeed),
-        "zero2 bf16 unchecked": run_ranks(run_all, 2, zero(2, **UNCHECKED), environment=deepspeed),
-        "zero3": run_ranks(run_all, 2, zero(3), environment=deepspeed),
+        "zero2": run_ranks(partial(run_all, only=RUNS), 2, zero(2), **launched),
+        "zero3": run_ranks(partial(run_all, only=RUNS), 2, zero(3), **launched),
+        "zero2 unchecked": run_ranks(
+            partial(run_all, only=("skipped", "by hand", "without")), 2, zero(2, **UNCHECKED), **launched
+        ),
     }
 
 
@@ -63,6 +69,8 @@ def test_it_ran_on_the_engine(found, engine):
             assert (on["engine"], on["stage"], on["world_size"]) == (name, stage, len(found[engine]))
             if engine in ("fsdp2", "zero3"):
                 assert 0.45 < on["local_fraction"] < 0.6
+            if stage is not None and on["optimizer_fraction"] is not None:
+                assert 0.45 < on["optimizer_fraction"] < 0.6
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -81,7 +89,7 @@ def test_the_run_is_that_without_the_bad_steps(found, engine):
         assert skipped["marked"] == [step in BAD_STEPS for step in range(1, STEPS + 1)]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["single", "ddp", "fsdp2", "zero2", "zero3"])
 @pytest.mark.parametrize("kind", ["raised", "raised at the loss"])
 def test_the_error_says_what_and_where(found, engine, kind):
     ranks = found[engine]
@@ -89,8 +97,10 @@ def test_the_error_says_what_and_where(found, engine, kind):
         raised = rank[kind]
         assert raised["error"] == ranks[0][kind]["error"]
         assert "of step 3 is not finite" in raised["error"]
-        assert raised["weights"][-1] == raised["weights"][-2] == rank["without"]["weights"][2]
-        assert raised["states"][-1] == raised["states"][-2] == rank["without"]["states"][2]
+        for kept in ("weights", "states"):
+            assert len(raised[kept]) == 4  # at the beginning, after two steps, and after the error
+            assert len(set(raised[kept])) == 3
+            assert raised[kept][3] == raised[kept][2]
     error = ranks[0][kind]["error"]
     bad, place, number = ("rank 0", "5 in the batch", 5) if len(ranks) == 1 else ("rank 1", "1 in the batch", 5)
     assert f"{bad}: micro-batch 2 of 2 (batch {number} of epoch 0, from 0)" in error
@@ -98,12 +108,114 @@ def test_the_error_says_what_and_where(found, engine, kind):
         assert "rank 0" not in error
     if kind == "raised":
         assert f"rows 45 of the dataset, {place}" in error
-        assert "First parameter: bert.embeddings.word_embeddings.weight, " in error
+        # Eight positions of 16 elements each: the poisoned row's words are cut off. ZeRO is told by the loss's gradient.
+        first = "word_embeddings.weight, " if "zero" in engine else "position_embeddings.weight, 128 of 256 elements"
+        assert f"First parameter: bert.embeddings.{first}" in error
 
 
-@pytest.mark.parametrize("engine", ["single", "ddp", "fsdp2", "zero2 bf16 unchecked"])
+@pytest.mark.parametrize("engine", ["single", "ddp", "fsdp2", "zero2 unchecked"])
 def test_without_it_the_weights_are_lost(found, engine):
     for rank in found[engine]:
         assert not rank["without"]["finite"]
         assert rank["skipped"]["finite"]
-        assert rank["raised"]["finite"]
+
+
+def test_deepspeed_without_zero_is_refused():
+    launched = {"environment": {"ACCELERATE_USE_DEEPSPEED": "true"}}
+    (said,) = run_ranks(guard_run.refusal, 1, zero(0), **launched)
+    assert "DeepSpeed without ZeRO (stage 0)" in said
+
+
+# One process
+
+
+def test_too_many_in_a_row(tmp_path):
+    table = data(bad_steps=(2, 4, 5, 6))
+    ended = train(NonFiniteGuard("skip", max_consecutive=2), table=table)
+    assert "of step 6 is not finite" in ended["error"]
+    assert "It is number 3 in a row." in ended["error"]
+    assert ended["skipped"] == 3
+    assert ended["finite"]
+    assert train(NonFiniteGuard("skip", max_consecutive=3), table=table)["error"] is None
+
+
+def test_no_checkpoint_is_poisoned_and_a_resume_goes_on_counting(tmp_path):
+    options = {"table": data(bad_steps=(2, 4)), "out": tmp_path, "save_strategy": "steps", "save_steps": 1}
+    whole = train(NonFiniteGuard("skip"), **options)
+    for step in range(1, STEPS + 1):
+        weights = load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+        assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+    resumed = train(NonFiniteGuard("skip"), **options, resume=str(tmp_path / "checkpoint-3"))
+    assert resumed["skipped"] == 2
+    assert resumed["weights"][1:] == whole["weights"][4:]
+    ended = train(NonFiniteGuard(), **options, resume=str(tmp_path / "checkpoint-3"))
+    assert "micro-batch 2 of 2 (batch 7 of epoch 0, from 0), 5 in the batch" in ended["error"]
+    ended = train(NonFiniteGuard(), **{**options, "out": tmp_path / "raised"})
+    assert [path.name for path in (tmp_path / "raised").iterdir()] == ["checkpoint-1"]
+
+
+def test_a_finite_loss_whose_gradient_is_not(monkeypatch):
+    """One element of one gradient is made infinite on its way."""
+    own = guard_run.poisoned
+
+    def poisoned(kind):
+        model = own(kind)
+        model.classifier.bias.register_hook(lambda gradient: gradient.new_tensor([float("inf"), 0.0]))
+        return model
+
+    monkeypatch.setattr(guard_run, "poisoned", poisoned)
+    for clipping in (0.0, 0.5):
+        said = train(NonFiniteGuard(), table=data(bad_steps=()), max_grad_norm=clipping)["error"]
+        assert "of step 1 is not finite" in said
+        assert "First parameter: classifier.bias, 1 of 2 elements. All outputs of the model are finite" in said
+
+
+def test_a_loss_outside_of_the_model():
+    """Its gradient tells the rows."""
+
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            losses = cross_entropy(model(**inputs).logits, labels, reduction="none")
+            bad = inputs["input_ids"][:, 0] == guard_run.POISON
+            return (losses * torch.where(bad, torch.nan, 1.0)).mean()
+
+    table = data(bad_steps=(3,))
+    said = train(NonFiniteGuard(), kind="outside", table=table, trainer_class=Own)["error"]
+    assert "rank 0: micro-batch 2 of 2 (batch 5 of epoch 0, from 0), rows 45 of the dataset, 5 in the batch" in said
+
+
+def test_the_optimizer_is_not_called(tmp_path):
+    calls = []
+
+    class Counting(Trainer):
+        def create_optimizer(self, model=None):
+            made = super().create_optimizer(model)
+            made.register_step_post_hook(lambda *_: calls.append(self.state.global_step + 1))
+            return made
+
+    train(NonFiniteGuard("skip"), trainer_class=Counting)
+    assert calls == [step for step in range(1, STEPS + 1) if step not in BAD_STEPS]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"action": "stop"}, "action='stop' must be"),
+        ({"max_consecutive": 0}, "max_consecutive=0 must be"),
+        ({"action": "skip", "max_consecutive": 1.5}, "max_consecutive=1.5 must be"),
+    ],
+)
+def test_options_out_of_range(options, says):
+    with pytest.raises(ValueError, match=says):
+        NonFiniteGuard(**options)
+
+
+def test_runs_that_cannot_be_guarded(arguments):
+    args = arguments()
+    args.fp16 = True
+    with pytest.raises(ValueError, match="NonFiniteGuard and fp16"):
+        _check_it_can_be_guarded(args, None)
+    args.fp16, args._n_gpu = False, 2
+    with pytest.raises(ValueError, match="DataParallel over 2 GPUs"):
+        _check_it_can_be_guarded(args, None)
