@@ -4,14 +4,15 @@ import hashlib
 import os
 import tempfile
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
+from tests.callbacks.processes import settle_on_cpu
 from tests.conftest import rows, tiny_model
 from trainer_ext.callbacks.non_finite_guard import NonFiniteError, NonFiniteGuard
 from trainer_ext.engine import base_optimizer, count_elements, full_parameters, runs_on, tensors_of
-from trainer_ext.rehearsal import on_cpu
 
 POISON = 4  # a token that no other row has
 STEPS = 6
@@ -61,13 +62,13 @@ def data(*, without_bad_steps=False, bad_steps=BAD_STEPS):
 
 
 def poisoned(kind):
-    """A model whose embeddings, or whose loss alone, is NaN where a row begins with POISON."""
+    """A model whose embeddings, or whose loss alone, is NaN where a row begins with POISON; or that returns an object."""
     model = tiny_model(dropout=0.0)
-    bad = {}
+    bad, at_embeddings = {}, kind in ("embeddings", "object")
 
     def embed(module, args, output):
         bad["rows"] = args[0][:, 0] == POISON
-        return torch.where(bad["rows"][:, None, None], torch.nan, output) if kind == "embeddings" else output
+        return torch.where(bad["rows"][:, None, None], torch.nan, output) if at_embeddings else output
 
     def compute_loss(module, args, output):  # added to it, so that its gradient is finite
         output["loss"] = output["loss"] + torch.where(bad["rows"].any(), torch.nan, 0.0)
@@ -76,6 +77,8 @@ def poisoned(kind):
     model.get_input_embeddings().register_forward_hook(embed)
     if kind == "loss":
         model.register_forward_hook(compute_loss)
+    if kind == "object":
+        model.register_forward_hook(lambda module, args, output: SimpleNamespace(**output))
     return model
 
 
@@ -138,9 +141,7 @@ def train(
 
 def run_all(deepspeed=None, *, only=("skipped", "by hand", "raised", "raised at the loss", "without")):
     """Left out by the guard, left out by hand, raised at two kinds of poison, and without a guard."""
-    if "ACCELERATE_USE_FSDP" in os.environ or deepspeed:
-        os.environ.update(on_cpu.ENVIRONMENT)
-        on_cpu.install()
+    settle_on_cpu(deepspeed)
     options = {"deepspeed": deepspeed, "bf16": "bf16" in deepspeed} if deepspeed else {}
     late = data(bad_steps=(3,))
     by_hand = {"table": data(without_bad_steps=True), "steps": STEPS - len(BAD_STEPS)}
@@ -156,8 +157,7 @@ def run_all(deepspeed=None, *, only=("skipped", "by hand", "raised", "raised at 
 
 def refusal(deepspeed):
     """What is said where the engine cannot be told to leave a step out."""
-    os.environ.update(on_cpu.ENVIRONMENT)
-    on_cpu.install()
+    settle_on_cpu(deepspeed)
     try:
         train(NonFiniteGuard(), deepspeed=deepspeed)
     except ValueError as error:

@@ -4,10 +4,36 @@ import multiprocessing
 import os
 import traceback
 
+from trainer_ext.rehearsal import on_cpu
 from trainer_ext.rehearsal.processes import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["deepspeed", "transformers.trainer", "trainer_ext.trainer", "tests.conftest"])
+
+# What `accelerate launch` and `deepspeed` tell the ranks, and the DeepSpeed config.
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+AUTO = ("gradient_clipping", "gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu")
+
+
+def zero(stage, **more):
+    """A config of ZeRO in which a tiny model's matrices are large enough to be split."""
+    split = {"stage": stage, "stage3_param_persistence_threshold": 100}
+    return {**dict.fromkeys(AUTO, "auto"), "zero_optimization": split, **more}
+
+
+def settle_on_cpu(deepspeed=None):
+    """In a rank, before anything asks accelerate: have FSDP2 and DeepSpeed run on the CPU."""
+    if deepspeed or "ACCELERATE_USE_FSDP" in os.environ:
+        os.environ.update(on_cpu.ENVIRONMENT)
+        on_cpu.install()
 
 
 def run_ranks(target, ranks, *arguments, environment=None, timeout=120):
@@ -16,7 +42,7 @@ def run_ranks(target, ranks, *arguments, environment=None, timeout=120):
     Args:
         target: A function of a module.
         ranks: Processes; one of them is still told to be rank 0 of one.
-        environment: Variables besides the launcher's.
+        environment: Variables besides those of `torchrun`.
     """
     port = free_port()
     pipes, processes = [], []

@@ -10,27 +10,8 @@ from transformers import Trainer
 
 from tests.callbacks import guard_run
 from tests.callbacks.guard_run import BAD_STEPS, STEPS, data, run_all, train
-from tests.callbacks.processes import run_ranks
+from tests.callbacks.processes import DEEPSPEED, FSDP2, run_ranks, zero
 from trainer_ext.callbacks.non_finite_guard import NonFiniteGuard, _check_it_can_be_guarded
-
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-}
-AUTO = ("gradient_clipping", "gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu")
-
-
-def zero(stage, **more):
-    return {
-        **dict.fromkeys(AUTO, "auto"),
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100},
-        **more,
-    }
-
 
 UNCHECKED = {"bf16": {"enabled": True, "check_grad_overflow": False}}
 RUNS = ("skipped", "by hand", "raised", "raised at the loss")
@@ -47,7 +28,7 @@ ENGINES = {
 @pytest.fixture(scope="module")
 def found():
     """Of each engine what its ranks saw."""
-    launched = {"environment": {"ACCELERATE_USE_DEEPSPEED": "true"}}
+    launched = {"environment": DEEPSPEED}
     return {
         "single": [run_all()],
         "ddp": run_ranks(run_all, 2),
@@ -121,8 +102,7 @@ def test_without_it_the_weights_are_lost(found, engine):
 
 
 def test_deepspeed_without_zero_is_refused():
-    launched = {"environment": {"ACCELERATE_USE_DEEPSPEED": "true"}}
-    (said,) = run_ranks(guard_run.refusal, 1, zero(0), **launched)
+    (said,) = run_ranks(guard_run.refusal, 1, zero(0), environment=DEEPSPEED)
     assert "DeepSpeed without ZeRO (stage 0)" in said
 
 
@@ -183,6 +163,25 @@ def test_a_loss_outside_of_the_model():
     table = data(bad_steps=(3,))
     said = train(NonFiniteGuard(), kind="outside", table=table, trainer_class=Own)["error"]
     assert "rank 0: micro-batch 2 of 2 (batch 5 of epoch 0, from 0), rows 45 of the dataset, 5 in the batch" in said
+
+
+def test_outputs_that_cannot_be_watched():
+    """Gradients are looked at all the same, and nothing is claimed of the outputs."""
+
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(**inputs).loss
+
+    ended = train(NonFiniteGuard(), kind="object", table=data(bad_steps=(3,)), trainer_class=Own)
+    assert "of step 3 is not finite" in ended["error"]
+    assert "The model's outputs hold no tensor that could be watched" in ended["error"]
+    assert ended["finite"]
+
+
+def test_a_schedule_that_moves_on_would_be_seen(monkeypatch):
+    monkeypatch.setattr("trainer_ext.callbacks.non_finite_guard._mark_skipped", lambda *_: None)
+    rates = train(NonFiniteGuard("skip"), table=data(bad_steps=(3,)))["rates"]
+    assert rates[3] != rates[2]
 
 
 def test_the_optimizer_is_not_called(tmp_path):

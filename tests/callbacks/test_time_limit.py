@@ -5,8 +5,7 @@ from time import monotonic
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from tests.callbacks.processes import run_ranks
-from tests.callbacks.test_non_finite_guard import FSDP2, zero
+from tests.callbacks.processes import DEEPSPEED, FSDP2, run_ranks, zero
 from tests.callbacks.time_limit_run import SECONDS, STEPS, Clock, stop_and_resume, train
 from trainer_ext.callbacks import time_limit
 from trainer_ext.callbacks.time_limit import TimeLimit, seconds_of
@@ -102,7 +101,7 @@ def test_the_checkpoint_is_saved_where_only_the_best_are(tmp_path):
     [
         ("DistributedDataParallel", None, None),
         ("FSDPBertForSequenceClassification", FSDP2, None),
-        ("DeepSpeedEngine", {"ACCELERATE_USE_DEEPSPEED": "true"}, zero(3)),
+        ("DeepSpeedEngine", DEEPSPEED, zero(3)),
     ],
 )
 def test_two_ranks_with_different_clocks(tmp_path, engine, environment, deepspeed):

@@ -5,11 +5,11 @@ import os
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from tests.callbacks.guard_run import digest
+from tests.callbacks.processes import settle_on_cpu
 from tests.conftest import rows, tiny_model
 from trainer_ext.callbacks import time_limit
 from trainer_ext.callbacks.time_limit import TimeLimit
 from trainer_ext.engine import full_parameters
-from trainer_ext.rehearsal import on_cpu
 
 STEPS = 12
 SECONDS = {0: 10.0, 1: 3.0}  # of a step, by rank
@@ -66,9 +66,7 @@ def train(out, limit, clock, *, resume=None, **options):
 
 def stop_and_resume(out, deepspeed=None):
     """Stopped by rank 0's clock, resumed, and trained in one go."""
-    if "ACCELERATE_USE_FSDP" in os.environ or deepspeed:
-        os.environ.update(on_cpu.ENVIRONMENT)
-        on_cpu.install()
+    settle_on_cpu(deepspeed)
     options = {"deepspeed": deepspeed} if deepspeed else {}
     step = SECONDS[int(os.environ.get("RANK", "0"))]
     limit = TimeLimit(100, margin=15)

@@ -103,12 +103,15 @@ class EarlyStopping(StatefulCallback):
             self.last_step = state.global_step
             self._count(value, state.global_step, greater=self._greater_is_better(args))
         if self.evaluations_without_improvement >= self.patience:
-            best = "no finite value before" if self.best is None else f"the best was {self.best:g} at {self.best_step}"
-            logger.info(
-                f"EarlyStopping ends the training at step {state.global_step}: {name}={value:g} is evaluation "
-                f"{self.evaluations_without_improvement} without improvement ({best})."
-            )
             control.should_training_stop = True
+            if state.is_world_process_zero:
+                best = (
+                    "none was finite" if self.best is None else f"the best was {self.best:g} at step {self.best_step}"
+                )
+                logger.warning(
+                    f"EarlyStopping ends the training after step {state.global_step}: {name}={value:g} is evaluation "
+                    f"{self.evaluations_without_improvement} in a row without improvement ({best})."
+                )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

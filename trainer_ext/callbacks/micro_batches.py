@@ -43,6 +43,10 @@ class MicroBatches:
         """Take the hooks off the model."""
         self._hook.remove()
 
+    def were_seen(self) -> bool:
+        """Whether the model returned tensors to watch in this step."""
+        return bool(self._forward or self._losses)
+
     def not_finite(self) -> dict[int, list[int]]:
         """The micro-batches (from 0) of this step with rows that are not finite, and these rows (from 0).
 
@@ -95,7 +99,9 @@ def _at_the_end_of_backward(call: Callable[[], None]) -> None:
 def _tensors(output: Any) -> tuple[Tensor | None, list[Tensor]]:
     """The loss of a model's output and its logits, or what else it has a gradient for."""
     named = dict(output.items()) if hasattr(output, "items") else None
-    values = list(named.values()) if named is not None else list(output) if isinstance(output, tuple) else [output]
+    values = (
+        list(named.values()) if named is not None else list(output) if isinstance(output, (list, tuple)) else [output]
+    )
     differentiable = [v for v in values if isinstance(v, Tensor) and v.requires_grad and v.is_floating_point()]
     loss = next((v for v in differentiable if v.ndim == 0), None)
     others = [v for v in differentiable if v.ndim > 0]

@@ -163,14 +163,18 @@ class NonFiniteGuard(StatefulCallback):
 
     def _message(self, args: TrainingArguments, state: TrainerState, loader: Any) -> str:
         """What is known of the step on all ranks: a collective."""
-        own = _samples(args, state, loader, cast(MicroBatches, self._micro_batches).not_finite(), self._began_in)
-        ranks = "; ".join(part for part in of_all_ranks(own) if part)
+        seen = cast(MicroBatches, self._micro_batches)
+        own = _samples(args, state, loader, seen.not_finite(), self._began_in)
+        where = "; ".join(part for part in of_all_ranks(own) if part)
+        if not where and seen.were_seen():
+            where = "All outputs of the model are finite: it came about in the backward pass"
+        elif not where:
+            where = "The model's outputs hold no tensor that could be watched"
         done = "Nothing of it was applied: weights and optimizer state are those before it."
         row = f" It is number {self.consecutive + 1} in a row." if self.consecutive else ""
         return (
             f"NonFiniteGuard: the loss or gradient of step {state.global_step + 1} is not finite. {done}{row} "
-            f"First parameter: {self._first or 'none, each element is finite'}. "
-            f"{ranks or 'All outputs of the model are finite: it came about in the backward pass'}."
+            f"First parameter: {self._first or 'none, each element is finite'}. {where}."
         )
 
     def _remove_hooks(self) -> None:
