@@ -11,6 +11,7 @@ from transformers import Trainer
 from tests.callbacks import guard_run
 from tests.callbacks.guard_run import BAD_STEPS, STEPS, data, run_all, train
 from tests.callbacks.processes import DEEPSPEED, FSDP2, run_ranks, zero
+from trainer_ext import CustomTrainer
 from trainer_ext.callbacks.non_finite_guard import NonFiniteGuard, _check_it_can_be_guarded
 
 UNCHECKED = {"bf16": {"enabled": True, "check_grad_overflow": False}}
@@ -106,6 +107,18 @@ def test_deepspeed_without_zero_is_refused():
     assert "DeepSpeed without ZeRO (stage 0)" in said
 
 
+def test_an_optimizer_that_clears_its_gradients_first():
+    """`BF16_Optimizer`, of ZeRO-1 with bf16 and gradients in float32: the step is left out, the parameter not known."""
+    config = zero(1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"})
+    for rank in run_ranks(partial(run_all, only=("raised",)), 2, config, environment=DEEPSPEED):
+        raised = rank["raised"]
+        assert raised["runs_on"]["stage"] == 1
+        assert "First parameter: not known with this optimizer" in raised["error"]
+        assert "rank 1: micro-batch 2 of 2" in raised["error"]
+        assert raised["weights"][3] == raised["weights"][2] != raised["weights"][1]
+        assert raised["states"][3] == raised["states"][2] != raised["states"][1]
+
+
 # One process
 
 
@@ -163,6 +176,15 @@ def test_a_loss_outside_of_the_model():
     table = data(bad_steps=(3,))
     said = train(NonFiniteGuard(), kind="outside", table=table, trainer_class=Own)["error"]
     assert "rank 0: micro-batch 2 of 2 (batch 5 of epoch 0, from 0), rows 45 of the dataset, 5 in the batch" in said
+
+
+def test_the_exact_loss_of_custom_trainer():
+    """Its loss is computed outside of the model, from the logits."""
+    options = {"trainer_class": CustomTrainer, "table": data(bad_steps=(3,))}
+    skipped = train(NonFiniteGuard("skip"), **options)
+    by_hand = train(None, **{**options, "table": data(without_bad_steps=True, bad_steps=(3,)), "steps": STEPS - 1})
+    assert [*skipped["weights"][:3], *skipped["weights"][4:]] == by_hand["weights"]
+    assert "rank 0: micro-batch 2 of 2" in train(NonFiniteGuard(), **options)["error"]
 
 
 def test_outputs_that_cannot_be_watched():

@@ -25,6 +25,8 @@ from trainer_ext.callbacks.stateful import StatefulCallback
 
 logger = logging.get_logger(__name__)
 
+UNKNOWN = "not known with this optimizer of DeepSpeed's"
+
 
 class NonFiniteError(FloatingPointError):
     """A step's loss or gradient is NaN or infinite; the weights are those before it."""
@@ -69,7 +71,7 @@ class NonFiniteGuard(StatefulCallback):
         self.skipped_steps = 0
         self.consecutive = 0
         self._is_bad: bool | None = None  # None: not looked at yet
-        self._first: BadGradient | None = None
+        self._first = UNKNOWN
         self._micro_batches: MicroBatches | None = None
         self._undo: list[Callable[[], None]] = []
         self._began_in: float | None = None  # the epoch that a resume began in the middle of
@@ -85,7 +87,7 @@ class NonFiniteGuard(StatefulCallback):
         self._remove_hooks()
         self._began_in = state.epoch // 1 if state.epoch % 1 else None
         if zero is not None:
-            self._undo.append(watch_zero(zero, self._engine_skips, model))
+            self._undo.append(watch_zero(zero, self._found, model))
             self._micro_batches = MicroBatches(model, None)
         else:
 
@@ -100,7 +102,7 @@ class NonFiniteGuard(StatefulCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A new step: nothing is known of it."""
-        self._is_bad, self._first = None, None
+        self._is_bad, self._first = None, UNKNOWN
         _mark_skipped(kwargs["optimizer"], False)
         cast(MicroBatches, self._micro_batches).begin_step()
 
@@ -124,6 +126,7 @@ class NonFiniteGuard(StatefulCallback):
             return
         message = self._message(args, state, kwargs["train_dataloader"])
         if self.action == "raise" or self.consecutive == self.max_consecutive:
+            self._remove_hooks()
             raise NonFiniteError(message)
         self.consecutive += 1
         self.skipped_steps += 1
@@ -156,10 +159,10 @@ class NonFiniteGuard(StatefulCallback):
         loss_is_bad = cast(MicroBatches, self._micro_batches).a_loss_is_not_finite(args.device)
         self._is_bad = is_bad_anywhere(model, loss_is_bad)
         if self._is_bad:
-            self._first = first_bad_gradient(model, whole_gradient)
+            self._found(first_bad_gradient(model, whole_gradient))
 
-    def _engine_skips(self, first: BadGradient | None) -> None:
-        self._first = first
+    def _found(self, first: BadGradient | None) -> None:
+        self._first = str(first) if first is not None else "none, each element is finite"
 
     def _message(self, args: TrainingArguments, state: TrainerState, loader: Any) -> str:
         """What is known of the step on all ranks: a collective."""
