@@ -1,4 +1,4 @@
-"""A training with `GroupNorms` and `Throughput` on each engine in turn: python engines_run.py OUT [ENGINE..]."""
+"""A training with all callbacks that measure, on each engine in turn: python engines_run.py OUT [ENGINE..]."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from transformers import default_data_collator
 from tests.conftest import rows, tiny_model
 from trainer_ext import CustomTrainer, CustomTrainingArguments
 from trainer_ext.callbacks.group_norms import GroupNorms
+from trainer_ext.callbacks.run_summary import RunSummary
 from trainer_ext.callbacks.throughput import Throughput
 from trainer_ext.engine import runs_on
 from trainer_ext.lr_finder import find_learning_rate
@@ -49,29 +50,36 @@ ENGINES = {
 }
 
 
-def trained(engine, out):
-    """One training, and what it logged; or how it was refused."""
-    variables, config = ENGINES[engine]
+def begin(engine):
+    """Have this process's next trainer ask for `engine`."""
     for name in [*FSDP2, *FSDP1, "ACCELERATE_USE_DEEPSPEED"]:
         os.environ.pop(name, None)
-    os.environ.update(variables)
+    os.environ.update(ENGINES[engine][0])
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def make_trainer(engine, out, *, callbacks):
+    config = ENGINES[engine][1]
     args = CustomTrainingArguments(
         output_dir=str(out), report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1, max_steps=STEPS,
         learning_rate=RATE, lr_scheduler_type="constant", max_grad_norm=CLIP, weight_decay=0.0, log_level="error",
         per_device_train_batch_size=4, train_sampling_strategy="sequential", deepspeed=config,
         param_group_rules=None if engine == "fsdp1" else RULES, use_cpu=True,
     )  # fmt: skip
-    dtype = torch.float32 if config else torch.float64
-    model = tiny_model(dropout=0.0, attn_implementation="eager").to(dtype)
-    run = CustomTrainer(
-        model=model,
+    return CustomTrainer(
+        model=tiny_model(dropout=0.0, attn_implementation="eager").to(torch.float32 if config else torch.float64),
         args=args,
         train_dataset=rows(ROWS),
         data_collator=default_data_collator,
-        callbacks=[Throughput(), GroupNorms()],
+        callbacks=callbacks,
     )
+
+
+def trained(engine, out):
+    """One training, and what it logged; or how it was refused."""
+    begin(engine)
+    run = make_trainer(engine, out, callbacks=[Throughput(), GroupNorms(), RunSummary()])
     seen = {"finder": refusal(lambda: find_learning_rate(run, steps=20)) if engine != "ddp" else None}
     seen["refused"] = refusal(run.train)
     seen["log"] = [entry for entry in run.state.log_history if "loss" in entry]
@@ -91,8 +99,9 @@ ELEMENTS = sum(p.numel() for p in tiny_model().parameters())
 
 def main():
     out, engines = Path(sys.argv[1]), sys.argv[2:] or list(ENGINES)
-    seen = {engine: trained(engine, out) for engine in engines}
-    (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
+    rank = f"rank{os.environ['RANK']}"
+    seen = {engine: trained(engine, out / engine / rank) for engine in engines}
+    (out / f"{rank}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`GroupNorms`, `Throughput` and the range test on two ranks of every engine, all in one launch."""
+"""`GroupNorms`, `Throughput`, `RunSummary` and the range test on two ranks of every engine, all in one launch."""
 
 import math
 
@@ -9,6 +9,7 @@ from transformers import default_data_collator
 from tests.callbacks.engines_run import CLIP, RATE, ROWS, STEPS
 from tests.callbacks.plain_norms import norms_by_hand
 from tests.callbacks.ranks import on_two_ranks
+from tests.callbacks.test_run_summary import Page
 from tests.callbacks.test_throughput import bert_flops
 from tests.conftest import rows, tiny_model
 
@@ -24,8 +25,13 @@ NAMES = ("decay", "no_decay", "encoder.decay", "encoder.no_decay")
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    return on_two_ranks("engines_run.py", tmp_path_factory.mktemp("engines"))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture(scope="module")
+def seen(folder):
+    return on_two_ranks("engines_run.py", folder)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,24 @@ def test_the_operations_are_counted_on_every_engine(seen):
             operations = entry["flops_per_second"] / entry["samples_per_second"]
             assert operations == pytest.approx(bert_flops(4, 8, attention=6) / 4, rel=1e-9)
             assert entry["padded_tokens_per_second"] / entry["samples_per_second"] == pytest.approx(8, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("engine", "named"),
+    [("ddp", "DDP"), ("fsdp2", "FSDP2"), *((f"zero{stage}", f"DeepSpeed ZeRO-{stage}") for stage in (1, 2, 3))],
+)
+def test_the_first_rank_summarises_the_whole_model(seen, folder, engine, named):
+    assert not (folder / engine / "rank1" / "run_summary.html").exists()
+    page = Page((folder / engine / "rank0" / "run_summary.html").read_text())
+    about, elements = dict(page.tables["about"]), sum(p.numel() for p in tiny_model().parameters())
+    assert (about["engine"], about["processes"]) == (named, "2")
+    assert about["model"] == "BertForSequenceClassification"
+    assert about["parameters"] == f"{elements:,}, of which {elements:,} are trained"
+    assert about["optimizer"] == "AdamW"
+    groups = {row[0]: row[2] for row in page.tables["groups"][1:]}
+    assert groups.keys() == set(NAMES)
+    assert sum(groups.values()) == elements
+    assert dict(page.tables["numbers"])["loss"] == seen[0][engine]["log"][-1]["loss"]
 
 
 def test_what_cannot_be_is_refused(seen):

@@ -1,14 +1,13 @@
 """The curves of a report, as SVG that stands in the page itself and takes the page's colours."""
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib
-from markupsafe import Markup, escape
-from matplotlib.backends.backend_svg import FigureCanvasSVG
+from markupsafe import Markup
 from matplotlib.figure import Figure
+
+from trainer_ext.inline_svg import inline_svg
 
 QUANTITIES = {
     "loss": "Loss of each step",
@@ -40,9 +39,8 @@ class Line:
 def figure(quantity: str, lines: list[Line]) -> Markup:
     """An inline SVG: the quantity of all runs over the steps, and below it each run's difference from its reference."""
     title = QUANTITIES[quantity]
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": quantity, "font.size": 9}):
-        drawn = Figure(figsize=(8, 4.8), layout="constrained", facecolor="none")
-        FigureCanvasSVG(drawn)
+
+    def draw(drawn: Figure) -> None:
         top, below = drawn.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         for line in lines:
             dash, values = "-" if line.judged else ":", [math.nan if v is None else v for v in line.values]
@@ -50,16 +48,10 @@ def figure(quantity: str, lines: list[Line]) -> Markup:
             below.plot(line.steps[: len(line.gaps)], [max(gap, FLOOR) for gap in line.gaps], dash, linewidth=1.2)
         top.set_ylabel(title)
         below.set(xlabel="optimizer step", ylabel="relative difference", yscale="log")
-        for axes in (top, below):
-            axes.set_facecolor("none")
-            axes.grid(alpha=0.25)
         if lines:
             top.legend(fontsize="small", framealpha=0, ncols=min(4, len(lines)))
-        text = io.StringIO()
-        drawn.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
-    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(described(title, lines))}" ', 1))
+
+    return inline_svg(draw, (8, 4.8), name=quantity, described=described(title, lines))
 
 
 def described(title: str, lines: list[Line]) -> str:
