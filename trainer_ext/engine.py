@@ -115,15 +115,15 @@ def plain_name(name: str) -> str:
 
 
 def parameter_groups(trainer: "Trainer") -> list[list[nn.Parameter]]:
-    """The model's own parameters in each of the optimizer's groups."""
-    return optimizer_groups(trainer.optimizer)
+    """The model's own parameters in each of the optimizer's groups; ZeRO replaces them by flat partitions."""
+    return optimizer_groups(trainer.optimizer, deepspeed=trainer.is_deepspeed_enabled)
 
 
-def optimizer_groups(optimizer: Any) -> list[list[nn.Parameter]]:
-    """The model's own parameters in each group of a trainer's optimizer; ZeRO replaces them by flat partitions."""
+def optimizer_groups(optimizer: Any, *, deepspeed: bool) -> list[list[nn.Parameter]]:
+    """The same, of a trainer's optimizer."""
     zero = getattr(optimizer, "optimizer", optimizer)
     for own in ("bit16_groups", "fp16_groups"):  # ZeRO-1 and 2, ZeRO-3
-        if (found := getattr(zero, own, None)) and type(zero).__module__.startswith("deepspeed."):
+        if (found := getattr(zero, own, None)) and deepspeed:
             return _by_inner_group(zero, found)
     return [group["params"] for group in base_optimizer(optimizer).param_groups]
 

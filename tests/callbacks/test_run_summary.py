@@ -63,9 +63,12 @@ def accuracy(found):
     return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
 
 
-def named_rows(name, count=24):
+def named_rows(name, count=24, *, repository=None):
+    """Rows as `load_dataset` gives them: with a name, and the addresses of their files."""
     data = rows(count)
     data.info.dataset_name = name
+    if repository is not None:
+        data.info.download_checksums = {f"hf://datasets/{repository}@bcdcba79/mrpc/train.parquet": {}}
     return data
 
 
@@ -73,7 +76,8 @@ def named_rows(name, count=24):
 def trained(trainer, tmp_path):
     def train(**options):
         options = {
-            "callbacks": [Throughput(), RunSummary()], "train": named_rows("glue"), "evaluation": rows(8),
+            "callbacks": [Throughput(), RunSummary()], "train": named_rows("glue", repository="nyu-mll/glue"),
+            "evaluation": named_rows("glue", 8, repository="nyu-mll/glue"),
             "compute_metrics": accuracy, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 6, "weight_decay": 0.125,
             "output_dir": str(tmp_path / "run"), "save_strategy": "steps", "save_steps": 2,
             "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", **options,
@@ -143,13 +147,13 @@ def test_the_card(trained, tmp_path):
     run, _ = trained()
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert (card.data.model_name, card.data.library_name) == ("run", "transformers")
-    assert (card.data.datasets, card.data.pipeline_tag) == (["glue"], "text-classification")
+    assert (card.data.datasets, card.data.pipeline_tag) == (["nyu-mll/glue"], "text-classification")
     assert card.data.get("license") is None
     assert card.data.get("base_model") is None
     last = [entry for entry in run.state.log_history if "eval_loss" in entry][-1]
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert found == {"loss": last["eval_loss"], "accuracy": last["eval_accuracy"]}
-    assert {result.dataset_type for result in card.data.eval_results} == {"glue"}
+    assert {(r.dataset_type, r.dataset_name) for r in card.data.eval_results} == {("nyu-mll/glue", "glue")}
     text = (tmp_path / "run" / "README.md").read_text()
     front = yaml.safe_load(text.split("---\n")[1])
     assert ModelCard(text).data.to_dict() == front | {"model-index": front["model-index"]}
@@ -159,7 +163,7 @@ def test_the_card(trained, tmp_path):
 
 
 def test_a_hostile_name_is_text(trained, tmp_path):
-    _, page = trained(train=named_rows(HOSTILE), run_name=HOSTILE)
+    _, page = trained(train=named_rows(HOSTILE, repository=HOSTILE), run_name=HOSTILE)
     assert "script" not in page.tags
     assert dict(page.tables["about"])["training data"] == HOSTILE
     assert dict(page.tables["arguments"])["run_name"] == HOSTILE
@@ -168,7 +172,16 @@ def test_a_hostile_name_is_text(trained, tmp_path):
     assert "](javascript" not in text
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert card.data.get("datasets") is None
-    assert card.data.eval_results is None
+
+
+def test_results_of_data_that_the_hub_does_not_know_are_not_in_the_metadata(trained, tmp_path):
+    """Its training data's name is not its evaluation's; and two sets that were evaluated are not one."""
+    trained(evaluation=rows(8))
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert (card.data.datasets, card.data.eval_results) == (["nyu-mll/glue"], None)
+    two = {name: named_rows(name, 8, repository=f"mine/{name}") for name in ("a", "b")}
+    trained(evaluation=two, metric_for_best_model="eval_a_loss")
+    assert ModelCard.load(tmp_path / "run" / "README.md").data.eval_results is None
 
 
 def test_a_page_that_does_not_escape_is_seen(trained, monkeypatch):

@@ -15,12 +15,24 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import TrainerState, TrainingArguments
 from transformers.modelcard import TASK_MAPPING
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import has_length
 from transformers.training_args import ParallelMode
 
 from trainer_ext.engine import base_optimizer, count_elements, optimizer_groups
 
 ON_THE_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
+FROM_THE_HUB = re.compile(r"hf://datasets/([\w.-]+(?:/[\w.-]+)?)@")
 TIMES = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time", "model_preparation_time")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a data set says of itself; `repository` is the one of the hub that its files came from."""
+
+    name: str | None
+    repository: str | None
+    split: str | None
+    rows: int | None
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,8 @@ class RunFacts:
         groups: The optimizer's groups.
         model_name: The output folder's name.
         base_model: The model's name on the hub, if it came from there.
-        dataset: The training data's own name.
+        trained_on: The training data.
+        evaluated_on: The data of the evaluations, where they were of one set.
         task: The hub's name of what the model's class does.
     """
 
@@ -59,22 +72,41 @@ class RunFacts:
     groups: list[Group]
     model_name: str
     base_model: str | None
-    dataset: str | None
+    trained_on: Data
+    evaluated_on: Data | None
     task: str | None
 
 
 def run_facts(
-    args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, dataset: Any, *, began_at: int
+    args: TrainingArguments,
+    state: TrainerState,
+    model: nn.Module,
+    optimizer: Any,
+    *,
+    trained_on: Data,
+    evaluated_on: Data | None,
+    began_at: int,
 ) -> RunFacts:
     """Gather them, on one rank; `began_at` is the optimizer step that the run resumed from, or 0."""
     name = own_class(model).__name__
-    info = getattr(dataset, "info", None)
     classes_of: dict[str, Any] = dict(TASK_MAPPING)
     tasks = [task for task, classes in classes_of.items() if name in classes.values()]
     source = getattr(getattr(model, "config", None), "_name_or_path", None)
-    data = getattr(info, "dataset_name", None)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    about = {
+        "model": name,
+        "from": source,
+        "parameters": f"{count_elements(model):,}, of which {trained:,} are trained",
+        "training data": trained_on.name,
+        "training rows": None if trained_on.rows is None else f"{trained_on.rows:,}",
+        "optimizer": type(base_optimizer(optimizer)).__name__,
+        "steps": f"{state.global_step:,} of {state.max_steps:,}",
+        "resumed at step": f"{began_at:,}" if began_at else None,
+        "engine": engine_of(args, model, optimizer),
+        "processes": str(args.world_size),
+    }
     return RunFacts(
-        about=_about(args, state, model, optimizer, dataset, data, source, began_at),
+        about={name: value for name, value in about.items() if value},
         arguments=changed_arguments(args),
         numbers=_numbers(args, state),
         evaluations=evaluations(state.log_history),
@@ -82,8 +114,22 @@ def run_facts(
         groups=_groups(optimizer),
         model_name=Path(str(args.output_dir)).resolve().name,
         base_model=source if source and ON_THE_HUB.fullmatch(source) and not Path(source).exists() else None,
-        dataset=data,
+        trained_on=trained_on,
+        evaluated_on=evaluated_on,
         task=tasks[0] if len(tasks) == 1 else None,
+    )
+
+
+def data_of(dataset: Any) -> Data:
+    """What `dataset` says of itself, if it is one of the package datasets; its rows, if they can be counted."""
+    info = getattr(dataset, "info", None)
+    files = [FROM_THE_HUB.match(str(url)) for url in getattr(info, "download_checksums", None) or ()]
+    found = {match[1] for match in files if match}
+    return Data(
+        getattr(info, "dataset_name", None),
+        found.pop() if len(found) == 1 else None,
+        str(dataset.split) if getattr(dataset, "split", None) else None,
+        len(dataset) if has_length(dataset) else None,
     )
 
 
@@ -134,33 +180,6 @@ def own_class(model: nn.Module) -> type:
     return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
 
 
-def _about(
-    args: TrainingArguments,
-    state: TrainerState,
-    model: nn.Module,
-    optimizer: Any,
-    dataset: Any,
-    data: str | None,
-    source: str | None,
-    began_at: int,
-) -> dict[str, str]:
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    rows = len(dataset) if hasattr(dataset, "__len__") else None
-    found = {
-        "model": own_class(model).__name__,
-        "from": source,
-        "parameters": f"{count_elements(model):,}, of which {trained:,} are trained",
-        "training data": data,
-        "training rows": None if rows is None else f"{rows:,}",
-        "optimizer": type(base_optimizer(optimizer)).__name__,
-        "steps": f"{state.global_step:,} of {state.max_steps:,}",
-        "resumed at step": f"{began_at:,}" if began_at else None,
-        "engine": engine_of(args, model, optimizer),
-        "processes": str(args.world_size),
-    }
-    return {name: value for name, value in found.items() if value}
-
-
 def _numbers(args: TrainingArguments, state: TrainerState) -> dict[str, float]:
     """The last logged of each kind; the best metric with its step."""
     last: dict[str, float] = {}
@@ -183,6 +202,7 @@ def _numbers(args: TrainingArguments, state: TrainerState) -> dict[str, float]:
 
 def _groups(optimizer: Any) -> list[Group]:
     own: Any = base_optimizer(optimizer).param_groups
+    members = optimizer_groups(optimizer, deepspeed=isinstance(optimizer, DeepSpeedOptimizerWrapper))
     return [
         Group(
             str(settings.get("name", i)),
@@ -191,7 +211,7 @@ def _groups(optimizer: Any) -> list[Group]:
             float(settings.get("initial_lr", settings["lr"])),
             settings.get("weight_decay"),
         )
-        for i, (settings, parameters) in enumerate(zip(own, optimizer_groups(optimizer), strict=True))
+        for i, (settings, parameters) in enumerate(zip(own, members, strict=True))
     ]
 
 

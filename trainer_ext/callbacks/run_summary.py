@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from trainer_ext.callbacks.run_facts import ON_THE_HUB, RunFacts, run_facts
+from trainer_ext.callbacks.run_facts import Data, RunFacts, data_of, run_facts
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -47,11 +47,22 @@ class RunSummary(TrainerCallback):
 
     def __init__(self) -> None:
         self._began_at = 0
+        self._evaluated_on: set[Data] = set()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._began_at = state.global_step
+        self._began_at, self._evaluated_on = state.global_step, set()
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._evaluated_on.add(data_of(getattr(eval_dataloader, "dataset", None)))
 
     def on_train_end(
         self,
@@ -66,8 +77,15 @@ class RunSummary(TrainerCallback):
         if not state.is_world_process_zero:
             return
         assert model is not None
-        dataset = getattr(train_dataloader, "dataset", None)
-        run = run_facts(args, state, model, optimizer, dataset, began_at=self._began_at)
+        run = run_facts(
+            args,
+            state,
+            model,
+            optimizer,
+            trained_on=data_of(getattr(train_dataloader, "dataset", None)),
+            evaluated_on=next(iter(self._evaluated_on)) if len(self._evaluated_on) == 1 else None,
+            began_at=self._began_at,
+        )
         write_summary(run, Path(str(args.output_dir)))
 
 
@@ -107,24 +125,25 @@ def rendered(run: RunFacts, template: str) -> str:
 
 
 def metadata(run: RunFacts) -> "ModelCardData":
-    """The card's metadata: the last evaluation of the hub's kind where the task and the data's name are known."""
+    """The card's metadata; the last evaluation is in it where the hub knows the task and the data that it was of."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    on_the_hub = run.dataset is not None and ON_THE_HUB.fullmatch(run.dataset) is not None
+    data, task = run.evaluated_on, run.task
     results = [
         EvalResult(
-            task_type=run.task,
-            dataset_type=run.dataset,
-            dataset_name=run.dataset,
+            task_type=task,
+            dataset_type=data.repository,
+            dataset_name=data.name or data.repository,
+            dataset_split=data.split,
             metric_type=name.removeprefix("eval_"),
             metric_value=value,
         )
         for name, value in (run.evaluations[-1] if run.evaluations else {}).items()
-        if name.startswith("eval_") and math.isfinite(value) and run.task and run.dataset and on_the_hub
+        if task and data and data.repository and name.startswith("eval_") and math.isfinite(value)
     ]
     known: dict[str, Any] = {
         "base_model": run.base_model,
-        "datasets": [run.dataset] if on_the_hub else None,
+        "datasets": [run.trained_on.repository] if run.trained_on.repository else None,
         "pipeline_tag": run.task,
         "eval_results": results or None,
     }
