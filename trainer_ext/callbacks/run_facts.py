@@ -9,7 +9,6 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
-from accelerate.utils import DeepSpeedOptimizerWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import TrainerState, TrainingArguments
@@ -135,7 +134,7 @@ def data_of(dataset: Any) -> Data:
 
 def engine_of(args: TrainingArguments, model: nn.Module, optimizer: Any) -> str:
     """What the training ran on, by its live objects."""
-    if isinstance(optimizer, DeepSpeedOptimizerWrapper):
+    if _is_deepspeed(optimizer):
         zero: Any = optimizer.optimizer
         if hasattr(zero, "fp32_partitioned_groups_flat"):
             return "DeepSpeed ZeRO-3"
@@ -202,7 +201,7 @@ def _numbers(args: TrainingArguments, state: TrainerState) -> dict[str, float]:
 
 def _groups(optimizer: Any) -> list[Group]:
     own: Any = base_optimizer(optimizer).param_groups
-    members = optimizer_groups(optimizer, deepspeed=isinstance(optimizer, DeepSpeedOptimizerWrapper))
+    members = optimizer_groups(optimizer, deepspeed=_is_deepspeed(optimizer))
     return [
         Group(
             str(settings.get("name", i)),
@@ -217,6 +216,12 @@ def _groups(optimizer: Any) -> list[Group]:
 
 def _is_metric(name: str, value: Any) -> bool:
     return not name.endswith(TIMES) and isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_deepspeed(optimizer: Any) -> bool:
+    from accelerate.utils import DeepSpeedOptimizerWrapper
+
+    return isinstance(optimizer, DeepSpeedOptimizerWrapper)
 
 
 def _given(config: AcceleratorConfig) -> dict[str, Any]:
