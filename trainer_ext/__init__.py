@@ -9,9 +9,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainer_ext import manual_loop, parity
     from trainer_ext.arguments import CustomTrainingArguments
+    from trainer_ext.callbacks.early_stopping import EarlyStopping
+    from trainer_ext.callbacks.ema import EMACallback
+    from trainer_ext.callbacks.gradual_unfreezing import GradualUnfreezing
+    from trainer_ext.callbacks.group_norms import GroupNorms
+    from trainer_ext.callbacks.non_finite_guard import NonFiniteError, NonFiniteGuard
+    from trainer_ext.callbacks.run_summary import RunSummary
+    from trainer_ext.callbacks.throughput import Throughput
+    from trainer_ext.callbacks.time_limit import TimeLimit
     from trainer_ext.drawn_orders import ClassBalancedOrder, WeightedOrder
     from trainer_ext.exact_loss import ExactLossMixin
     from trainer_ext.losses import LOSSES, LossTerms, class_weights
+    from trainer_ext.lr_finder import find_learning_rate
     from trainer_ext.samplers import LengthGroupedOrder
     from trainer_ext.token_budget import TokenBudgetBatches
     from trainer_ext.trainer import CustomTrainer
@@ -22,13 +31,23 @@ __all__ = [
     "ClassBalancedOrder",
     "CustomTrainer",
     "CustomTrainingArguments",
+    "EMACallback",
+    "EarlyStopping",
     "ExactLossMixin",
+    "GradualUnfreezing",
+    "GroupNorms",
     "LOSSES",
     "LengthGroupedOrder",
     "LossTerms",
+    "NonFiniteError",
+    "NonFiniteGuard",
+    "RunSummary",
+    "Throughput",
+    "TimeLimit",
     "TokenBudgetBatches",
     "WeightedOrder",
     "class_weights",
+    "find_learning_rate",
     "manual_loop",
     "parity",
 ]
@@ -37,13 +56,23 @@ _HOMES = {
     "ClassBalancedOrder": "trainer_ext.drawn_orders",
     "CustomTrainer": "trainer_ext.trainer",
     "CustomTrainingArguments": "trainer_ext.arguments",
+    "EMACallback": "trainer_ext.callbacks.ema",
+    "EarlyStopping": "trainer_ext.callbacks.early_stopping",
     "ExactLossMixin": "trainer_ext.exact_loss",
+    "GradualUnfreezing": "trainer_ext.callbacks.gradual_unfreezing",
+    "GroupNorms": "trainer_ext.callbacks.group_norms",
     "LOSSES": "trainer_ext.losses",
     "LengthGroupedOrder": "trainer_ext.samplers",
     "LossTerms": "trainer_ext.losses",
+    "NonFiniteError": "trainer_ext.callbacks.non_finite_guard",
+    "NonFiniteGuard": "trainer_ext.callbacks.non_finite_guard",
+    "RunSummary": "trainer_ext.callbacks.run_summary",
+    "Throughput": "trainer_ext.callbacks.throughput",
+    "TimeLimit": "trainer_ext.callbacks.time_limit",
     "TokenBudgetBatches": "trainer_ext.token_budget",
     "WeightedOrder": "trainer_ext.drawn_orders",
     "class_weights": "trainer_ext.losses",
+    "find_learning_rate": "trainer_ext.lr_finder",
 }
 
 

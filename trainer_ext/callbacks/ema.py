@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from trainer_ext.callbacks.agreement import of_all_ranks
 from trainer_ext.callbacks.averages_file import Part, find_averages, load_averages, save_averages
 from trainer_ext.callbacks.shards import find_shards
 from trainer_ext.callbacks.stateful import StatefulCallback
@@ -73,9 +74,10 @@ class EMACallback(StatefulCallback):
         self._part = Part(args.process_index, args.world_size) if self._shards.differ else Part(0, 1)
         self._averages = {name: _exact(weight) for name, weight in self._shards.weights().items()}
         problem = self._take_up(args, state.global_step) if state.global_step else None
-        problem, self.run = _agreed(problem, uuid4().hex)
-        if problem is not None:
+        said = of_all_ranks((problem, uuid4().hex))
+        if problem := next((found for found, _ in said if found is not None), None):
             raise ValueError(problem)
+        self.run = said[0][1]
         hear_modes(model, self._mode_changes)
         self._heard = model
 
@@ -94,8 +96,8 @@ class EMACallback(StatefulCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Average, now that the weights have changed."""
-        if (state.global_step + 1) % self.every == 0:
+        """Average, now that the weights have changed; a step that was left out (an overflow, a guard) did not."""
+        if (state.global_step + 1) % self.every == 0 and not kwargs["optimizer"].step_was_skipped:
             self.updates += 1
             average(self._averages, self._shards.weights(), decay_of(self.updates, self.decay, self.warmup))
 
@@ -193,12 +195,3 @@ def average(averages: dict[str, Tensor], weights: dict[str, Tensor], decay: floa
 def _exact(weight: Tensor) -> Tensor:
     """A copy in float32 or better."""
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-
-
-def _agreed(problem: str | None, run: str) -> tuple[str | None, str]:
-    """The first problem of any rank, and the name that rank 0 gives to the run."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return problem, run
-    said: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(said, (problem, run))
-    return next((found for found, _ in said if found is not None), None), said[0][1]

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, has_length
 
-from trainer_ext.callbacks.log_entry import add_to_log, of_all_ranks
+from trainer_ext.callbacks.agreement import of_all_ranks
+from trainer_ext.callbacks.log_entry import add_to_log
 from trainer_ext.engine import base_optimizer
 from trainer_ext.losses.contract import exact_dtype
 

@@ -1,13 +1,10 @@
-"""What a callback adds to a log of the Trainer, and what it asks of all ranks for that.
+"""What a callback adds to a log of the Trainer.
 
 `Trainer.log` copies its values into `state.log_history` before any callback sees them, and the reporters of `report_to`
 come before the callbacks of the user. So values are put into both, and a reporter shows them where the callback stands
 before it: `trainer.callback_handler.callbacks.insert(0, callback)` in the place of `trainer.add_callback(callback)`.
 """
 
-from typing import Any
-
-import torch
 from transformers import TrainerState
 
 
@@ -15,12 +12,3 @@ def add_to_log(state: TrainerState, logs: dict[str, float], values: dict[str, fl
     """Add `values` to the log that is under way, from `on_log`: for the callbacks after this one, and in the history."""
     logs.update(values)
     state.log_history[-1].update(values)
-
-
-def of_all_ranks(value: Any) -> list[Any]:
-    """Each rank's `value`, in the order of ranks: a collective where there are several. Numbers come as they are."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    found = [value] * (torch.distributed.get_world_size() if distributed else 1)
-    if len(found) > 1:
-        torch.distributed.all_gather_object(found, value)
-    return found

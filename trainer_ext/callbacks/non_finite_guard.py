@@ -20,6 +20,7 @@ from trainer_ext.callbacks.gradient_check import (
     watch_zero,
     whole_gradient,
 )
+from trainer_ext.callbacks.log_entry import add_to_log
 from trainer_ext.callbacks.micro_batches import MicroBatches
 from trainer_ext.callbacks.stateful import StatefulCallback
 
@@ -146,7 +147,7 @@ class NonFiniteGuard(StatefulCallback):
     ) -> None:
         """Add `skipped_steps` to what is logged of the training."""
         if self.action == "skip" and logs is not None and "loss" in logs:
-            logs["skipped_steps"] = state.log_history[-1]["skipped_steps"] = self.skipped_steps
+            add_to_log(state, logs, {"skipped_steps": self.skipped_steps})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

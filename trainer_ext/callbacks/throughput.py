@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trainer_ext.callbacks.agreement import of_all_ranks
 from trainer_ext.callbacks.flops import FlopCounter, measured_peak
-from trainer_ext.callbacks.log_entry import add_to_log, of_all_ranks
+from trainer_ext.callbacks.log_entry import add_to_log
 
 PHASES = ("data", "forward_backward", "optimizer", "evaluation", "saving", "other")
 OUTSIDE = ("evaluation", "saving")  # of what rates are per second of
