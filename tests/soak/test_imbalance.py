@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, recall_score, roc_auc_score
 
+from tests.soak.mrpc_recipe import EPOCHS, recipe
 from tests.soak.test_mrpc import MRPC, checkpoint, needs_mrpc  # noqa: F401  (a fixture)
-from trainer_ext.arguments import CustomTrainingArguments
 from trainer_ext.finetune import build_trainer
 from trainer_ext.task import TaskArguments, prepare_task
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.soak
 
 ROOT = Path(__file__).parents[2]
 PROOF, RECORDS = ROOT / "docs" / "proof" / "imbalance.md", ROOT / "runs" / "imbalance"  # one JSON a run
-RARE, SHARE, SEEDS, EPOCHS = 0, 0.05, (0, 1, 2), 3
+RARE, SHARE, SEEDS = 0, 0.05, (0, 1, 2)
 ARMS = {
     "cross-entropy": {"loss": "cross_entropy"},
     "weighted (balanced)": {"loss": "cross_entropy", "class_weights": "balanced"},
@@ -45,24 +45,7 @@ def thinned(task):
 
 def run(arm, seed, task, folder):
     """The metrics of one arm and seed on the validation split."""
-    args = CustomTrainingArguments(
-        str(folder),
-        num_train_epochs=EPOCHS,
-        per_device_train_batch_size=16,
-        learning_rate=5e-5,
-        warmup_steps=0.1,
-        lr_scheduler_type="linear",
-        bf16=True,
-        train_sampling_strategy="group_by_length",
-        seed=seed,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        **ARMS[arm],
-    )
-    trainer = build_trainer(task, args)
+    trainer = build_trainer(task, recipe(folder, seed, **ARMS[arm]))
     trainer.train()
     found = trainer.predict(task.validation)
     scores, labels = found.predictions[:, 1] - found.predictions[:, 0], found.label_ids

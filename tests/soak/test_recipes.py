@@ -13,8 +13,8 @@ from statistics import mean, stdev
 
 import pytest
 
+from tests.soak.mrpc_recipe import EPOCHS, recipe
 from tests.soak.test_mrpc import MRPC, checkpoint, needs_mrpc  # noqa: F401  (a fixture)
-from trainer_ext.arguments import CustomTrainingArguments
 from trainer_ext.callbacks.ema import EMACallback
 from trainer_ext.finetune import build_trainer
 from trainer_ext.task import TaskArguments, prepare_task
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.soak
 
 ROOT = Path(__file__).parents[2]
 PROOF, RECORDS = ROOT / "docs" / "proof" / "recipes.md", ROOT / "runs" / "recipes"  # one JSON a run
-SEEDS, EPOCHS, EMA_DECAY = (0, 1, 2), 3, 0.99
+SEEDS, EMA_DECAY = (0, 1, 2), 0.99
 ARMS = {
     "stock": {},
     "layerwise_lr_decay 0.9": {"layerwise_lr_decay": 0.9},
@@ -48,24 +48,7 @@ def evaluated(trainer):
 
 def run(arm, seed, task, folder):
     """The metrics of the rows of the table that one run gives."""
-    args = CustomTrainingArguments(
-        str(folder),
-        num_train_epochs=EPOCHS,
-        per_device_train_batch_size=16,
-        learning_rate=5e-5,
-        warmup_steps=0.1,
-        lr_scheduler_type="linear",
-        bf16=True,
-        train_sampling_strategy="group_by_length",
-        seed=seed,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        **ARMS[arm],
-    )
-    trainer = build_trainer(task, args)
+    trainer = build_trainer(task, recipe(folder, seed, **ARMS[arm]))
     if arm != "stock":
         trainer.train()
         return {arm: evaluated(trainer)}
