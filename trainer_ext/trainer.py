@@ -2,7 +2,7 @@
 
 from typing import Any, cast
 
-from accelerate.utils import DummyOptim
+from accelerate.utils import DeepSpeedSchedulerWrapper, DummyOptim
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -47,7 +47,7 @@ class CustomTrainer(ExactLossMixin, Trainer):
                 f"{', '.join(asked)} would be ignored: an optimizer is passed, with groups of its own. Pass "
                 "optimizer_cls_and_kwargs=(class, kwargs) instead."
             )
-        self._group_rates: dict[str, float] = {}
+        self._rate, self._group_rates = 0.0, dict[str, float]()  # of the step that is logged next
         if type(self).create_optimizer_and_scheduler is not CustomTrainer.create_optimizer_and_scheduler:
             self._in_combined_override = False
             self._own_create_optimizer = self.create_optimizer
@@ -128,10 +128,21 @@ class CustomTrainer(ExactLossMixin, Trainer):
             logs |= {f"learning_rate_{name}": rate for name, rate in self._group_rates.items()}
         super().log(logs, start_time)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of the next step; and its rates, where DeepSpeed's engine moves them on inside the step."""
+        if isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            self._read_rates()
+        return super().get_batch_samples(*args, **kwargs)
+
     def _get_learning_rate(self) -> float:
-        """Read between the optimizer's step and the schedule's: the rates of the step that is logged."""
+        """The rate that the step was taken with: read between the optimizer's step and the schedule's."""
+        if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            self._read_rates()
+        return self._rate
+
+    def _read_rates(self) -> None:
+        self._rate = super()._get_learning_rate()
         self._group_rates = group_rates(cast(Optimizer, self.optimizer))
-        return super()._get_learning_rate()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The stock save; and whole weights to load where FSDP keeps its checkpoints sharded, of which it saves none."""

@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 
-from tests.test_launches import ACCELERATE, TORCHRUN, at_the_root, launch  # noqa: F401  (a fixture)
+from tests.test_launches import ACCELERATE, ROOT, TORCHRUN, at_the_root, launch  # noqa: F401  (a fixture)
 from trainer_ext.rehearsal.processes import run_launch
 
 SCRIPT = ["tests/rehearsal/launched.py", "--trainer", "custom"]
@@ -34,6 +34,7 @@ ENGINES = {
     "zero2": ("DeepSpeedEngine", 2, "AdamW"),
     "zero3": ("DeepSpeedEngine", 3, "AdamW"),
     "zero2_offload": ("DeepSpeedEngine", 2, "DeepSpeedCPUAdam"),
+    "zero2 and its config's optimizer": ("DeepSpeedEngine", 2, "AdamW"),
     "fsdp2": ("FSDPBertForSequenceClassification", None, "AdamW"),
 }
 
@@ -54,10 +55,22 @@ def run(engine, out, *more):
         typed += ["fsdp_configs/fsdp2.yaml", *map(str, words)]
         code, output = run_launch(typed, out / "log", processes=2, timeout=400)
     else:
-        given = [] if engine == "ddp" else ["--deepspeed", f"ds_configs/{engine}.json"]
+        given = [] if engine == "ddp" else ["--deepspeed", config_of(engine, out)]
         code, output = launch(TORCHRUN, out / "log", *words, *given)
     assert code == 0, output[-3000:]
     return [json.loads((out / f"seen{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def config_of(engine, out):
+    """The path of a DeepSpeed config: one that is shipped, or ZeRO-2's with an optimizer in it."""
+    name, _, own = engine.partition(" ")
+    path = ROOT / "ds_configs" / f"{name}.json"
+    if own:
+        params = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
+        config = json.loads(path.read_text()) | {"optimizer": {"type": "AdamW", "params": params}}
+        path = out / "own.json"
+        path.write_text(json.dumps(config))
+    return path
 
 
 def expected(name):
