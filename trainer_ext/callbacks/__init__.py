@@ -1,1 +1,13 @@
-"""Callbacks for any `Trainer`, one module each."""
+"""Callbacks for any `Trainer`, one module each, and what some of them stand on:
+
+    early_stopping
+    ema                 train_and_eval (when to swap), shards (what each engine holds), averages_file
+    gradual_unfreezing
+    group_norms
+    non_finite_guard    micro_batches (what was not finite), gradient_check, drawn_rows (which rows they were)
+    run_summary         run_facts, templates/
+    throughput          flops
+    time_limit
+
+Shared: `stateful` (a state that comes back on every resume), `agreement` (one answer on all ranks), `log_entry`.
+"""
