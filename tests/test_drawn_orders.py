@@ -307,6 +307,7 @@ def test_the_mixin_brings_it_to_other_trainers(trainer):
     [
         ({"train_sampling_strategy": "group_by_length"}, "both give the order"),
         ({"train": various().to_iterable_dataset()}, "the training dataset is a stream"),
+        ({"train": rows(21)}, "TokenBudgetBatches of 22 rows, and the training dataset has 21"),
         ({"accelerator_config": {"split_batches": True}}, "leave split_batches and dispatch_batches out"),
     ],
 )

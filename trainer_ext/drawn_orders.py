@@ -22,6 +22,7 @@ class _DrawnOrder(Sampler[int]):
             raise ValueError(f"{self.rows} draws from {total} rows: there is nothing to put in order.")
         if seed < 0:
             raise ValueError(f"seed={seed} must be 0 or more.")
+        self.dataset_rows = total
         self.seed = seed
         self.epoch = 0
 

@@ -49,6 +49,7 @@ class LengthGroupedOrder(Sampler[int]):
     def __init__(self, lengths: Tensor | Sequence[float], step_size: int, *, seed: int) -> None:
         if len(lengths) == 0 or step_size < 1:
             raise ValueError(f"{len(lengths)} rows in steps of {step_size}: there is nothing to put in order.")
+        self.dataset_rows = len(lengths)
         self.lengths = torch.as_tensor(lengths)
         self.step_size = step_size
         self.seed = seed
@@ -102,6 +103,12 @@ class ExactOrderMixin(_TrainerBase):
             )
         if not has_length(self.train_dataset):
             raise ValueError("train_sampler draws rows by number, and the training dataset is a stream.")
+        made_for = getattr(train_sampler, "dataset_rows", None)
+        if made_for not in (None, len(self.train_dataset)):
+            raise ValueError(
+                f"train_sampler is a {type(train_sampler).__name__} of {made_for} rows, and the training dataset has "
+                f"{len(self.train_dataset)}: make it of this dataset."
+            )
         if isinstance(train_sampler, TokenBudgetBatches) and any(
             getattr(self.args.accelerator_config, name) for name in ("split_batches", "dispatch_batches")
         ):

@@ -49,6 +49,7 @@ class TokenBudgetBatches(BatchRebalanceSampler):
                 f"max_tokens={max_tokens} holds no row as long as row {longest}: {lengths[longest]} tokens, padded to "
                 f"{self.widths[longest]}. Give it more, or cut the rows."
             )
+        self.dataset_rows = len(lengths)
         self.max_tokens = max_tokens
         self.seed = seed
         self.epoch = 0
