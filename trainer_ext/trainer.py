@@ -26,6 +26,7 @@ from trainer_ext.optim.freezing import freeze
 from trainer_ext.optim.groups import assign, groups
 from trainer_ext.optim.muon import MuonWithAdamW
 from trainer_ext.optim.schedules import build_schedule, group_rates
+from trainer_ext.shared_buffers import remove_at_exit
 
 logger = logging.get_logger(__name__)
 
@@ -56,6 +57,8 @@ class CustomTrainer(ExactLossMixin, Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """The stock set-up; then, that the engine is the one that was asked for, and what FSDP2 needs to be right."""
         super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled and self.args.device.type == "cpu":
+            remove_at_exit()
         check_engine(self)
         refuse_zenflow(self)
         checkpoint_with_dropout_masks(self)

@@ -6,6 +6,7 @@ import traceback
 
 from trainer_ext.rehearsal import on_cpu
 from trainer_ext.rehearsal.processes import free_port
+from trainer_ext.shared_buffers import remove_at_exit
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["deepspeed", "transformers.trainer", "trainer_ext.trainer", "tests.conftest"])
@@ -34,6 +35,7 @@ def settle_on_cpu(deepspeed=None):
     if deepspeed or "ACCELERATE_USE_FSDP" in os.environ:
         os.environ.update(on_cpu.ENVIRONMENT)
         on_cpu.install()
+        remove_at_exit()
 
 
 def run_ranks(target, ranks, *arguments, environment=None, timeout=120):

@@ -23,6 +23,7 @@ from transformers import (
 
 from trainer_ext import CustomTrainer, CustomTrainingArguments
 from trainer_ext.engine import base_optimizer, full_parameters, parameter_groups, runs_on
+from trainer_ext.shared_buffers import own_buffer
 
 TRAINERS = {"stock": (Trainer, TrainingArguments), "custom": (CustomTrainer, CustomTrainingArguments)}
 
@@ -64,12 +65,19 @@ def rows(count=64):
     return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row[0] % 2} for row in ids]
 
 
+def shared_buffer():
+    """The name of DeepSpeed's buffers in shared memory, without the rank; None where there is none."""
+    path = own_buffer()
+    return str(path).removesuffix(os.environ["RANK"]) if path is not None and path.exists() else None
+
+
 def seen(trainer, before):
     """What the trainer stands on, its parameter groups by the parameters' names, how far each parameter went at most, and
     what it logged."""
     optimizer = base_optimizer(trainer.optimizer)
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}  # FSDP2 put others in place
     return {
+        "shared_buffer": shared_buffer(),
         "group_names": [group.get("name") for group in optimizer.param_groups],
         "initial_rates": [group.get("initial_lr") for group in optimizer.param_groups],
         "moved": {name: float((w - before[name]).abs().max()) for name, w in full_parameters(trainer.model)},

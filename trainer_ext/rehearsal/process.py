@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from trainer_ext.rehearsal import on_cpu
+from trainer_ext.shared_buffers import remove_at_exit
 
 
 def main() -> None:
@@ -22,6 +23,7 @@ def main() -> None:
 
     plan = json.loads(Path(os.environ[REHEARSING]).read_text())
     on_cpu.install()
+    remove_at_exit()
 
     from trainer_ext.rehearsal.watch import watch
 
