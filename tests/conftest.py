@@ -1,6 +1,7 @@
 """What every test needs: no hub, one thread, and a classifier and rows that are made in a moment."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +16,14 @@ from typer.testing import CliRunner
 from trainer_ext import CustomTrainer, CustomTrainingArguments
 from trainer_ext.cli import app
 
+# Files whose tests start several processes at once: `make test` runs them one after the other, the others two at a time.
+LAUNCHES = (
+    "callbacks/test_early_stopping.py", "callbacks/test_ema_on_", "callbacks/test_gradual_unfreezing_on_",
+    "callbacks/test_non_finite_guard.py", "callbacks/test_on_engines.py", "callbacks/test_throughput.py",
+    "callbacks/test_time_limit.py", "distributed/", "optim/test_engines.py", "parity/test_launched_modes.py",
+    "parity/test_records_of_scripts.py", "rehearsal/", "test_examples.py", "test_launches.py", "test_lr_finder.py",
+    "test_readme.py",
+)  # fmt: skip
 VOCABULARY = 40
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -24,6 +33,14 @@ SIZES = {
     "intermediate_size": 32,
     "max_position_embeddings": 16,
 }
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what launches."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).as_posix().startswith(LAUNCHES):
+            item.add_marker("launches")
 
 
 def tiny_model(seed=0, *, num_labels=2, dropout=0.1, dtype=torch.float32, tokens=False, **config):

@@ -93,7 +93,7 @@ def test_scaled_groups_carry_their_rate():
 def test_the_head_alone_leaves_the_other_groups_as_they_are():
     rows = assign(two_layers(), weight_decay=0.1, head_lr_multiplier=8.0)
     assert {row.group for row in rows} == {"decay", "no_decay", "head.decay", "head.no_decay"}
-    assert [set(group) for group in groups(rows, lr=1.0)][:2] == [{"params", "weight_decay"}] * 2
+    assert [set(group) for group in groups(rows, lr=1.0)][:2] == [{"params", "name", "weight_decay"}] * 2
 
 
 def test_a_tag_keeps_a_matrix_from_decaying():
