@@ -6,7 +6,6 @@ Adam go at least one rate far and at most one and a half, as the linear schedule
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -93,8 +92,6 @@ def test_every_group_keeps_its_rate_and_decay(tmp_path, engine):
     on = first["runs_on"]
     assert (on["engine"], on["stage"], on["world_size"], on["optimizer"]) == (wrapper, stage, 2, optimizer)
     assert first["log"] == second["log"]
-    if wrapper == "DeepSpeedEngine":  # its ranks shared memory, and left none behind
-        assert not list(Path("/dev/shm").glob(f"{Path(first['shared_buffer']).name}*"))
     fraction = 1.0 if engine == "ddp" else 0.5
     assert on["optimizer_fraction"] == pytest.approx(fraction, abs=0.1)
 
