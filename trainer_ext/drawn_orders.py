@@ -6,6 +6,7 @@ nothing is left to luck but the order.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 
-class _DrawnOrder(Sampler[int]):
+class _DrawnOrder(Sampler[int], ABC):
     """An epoch of `rows` draws, put in random order."""
 
     def __init__(self, rows: int | None, total: int, *, seed: int) -> None:
@@ -37,9 +38,9 @@ class _DrawnOrder(Sampler[int]):
         generator = np.random.default_rng([self.seed, self.epoch])
         yield from generator.permutation(self.draw(generator)).tolist()
 
+    @abstractmethod
     def draw(self, generator: np.random.Generator) -> np.ndarray:
         """The rows of this epoch, in any order: shape (rows,)."""
-        raise NotImplementedError
 
 
 class ClassBalancedOrder(_DrawnOrder):

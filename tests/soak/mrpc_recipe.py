@@ -1,5 +1,7 @@
 """The recipe that arms of a comparison on MRPC share: MiniLM, bf16, batch 16, nothing tuned."""
 
+from statistics import mean, stdev
+
 from trainer_ext.arguments import CustomTrainingArguments
 
 EPOCHS = 3
@@ -24,3 +26,12 @@ def recipe(folder, seed, **changes):
         dataloader_pin_memory=False,
         **changes,
     )
+
+
+def table(first, metrics, rows):
+    """Markdown: a line for each of `rows` (its runs, by name), with mean and standard deviation of each metric."""
+    lines = [f"| {first} | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
+    for name, runs in rows.items():
+        cells = [f"{mean(run[m] for run in runs):.3f} ± {stdev(run[m] for run in runs):.3f}" for m in metrics]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines

@@ -9,13 +9,12 @@ import json
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
 
 import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, recall_score, roc_auc_score
 
-from tests.soak.mrpc_recipe import EPOCHS, recipe
+from tests.soak.mrpc_recipe import EPOCHS, recipe, table
 from tests.soak.test_mrpc import MRPC, checkpoint, needs_mrpc  # noqa: F401  (a fixture)
 from trainer_ext.finetune import build_trainer
 from trainer_ext.task import TaskArguments, prepare_task
@@ -82,10 +81,6 @@ def test_the_table():
         f"{version('transformers')}: MRPC with {SHARE:.0%} of the training rows of label {RARE} "
         f"({runs[0]['rows']} rows in all), MiniLM, {EPOCHS} epochs of batch 16 in bf16, learning rate 5e-5, nothing tuned. "
         f"Mean and standard deviation over {len(SEEDS)} seeds, on the whole validation split after the last epoch.\n",
-        f"| loss | {' | '.join(METRICS)} |",
-        "|---" * (len(METRICS) + 1) + "|",
+        *table("loss", METRICS, by_arm),
     ]
-    for arm, found in by_arm.items():
-        cells = [f"{mean(one[m] for one in found):.3f} ± {stdev(one[m] for one in found):.3f}" for m in METRICS]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
     PROOF.write_text("\n".join(lines) + "\n")

@@ -9,11 +9,10 @@ import json
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
 
 import pytest
 
-from tests.soak.mrpc_recipe import EPOCHS, recipe
+from tests.soak.mrpc_recipe import EPOCHS, recipe, table
 from tests.soak.test_mrpc import MRPC, checkpoint, needs_mrpc  # noqa: F401  (a fixture)
 from trainer_ext.callbacks.ema import EMACallback
 from trainer_ext.finetune import build_trainer
@@ -83,10 +82,6 @@ def test_the_table():
         "linear decay after 10% of warmup, batches grouped by length. Each row changes one thing of the first, nothing is "
         f"tuned. Mean and standard deviation over {len(SEEDS)} seeds, on the whole validation split after the last epoch; "
         "the averages (EMA) are of the first row's runs.\n",
-        f"| recipe | {' | '.join(METRICS)} |",
-        "|---" * (len(METRICS) + 1) + "|",
+        *table("recipe", METRICS, rows),
     ]
-    for row, found in rows.items():
-        cells = [f"{mean(one[m] for one in found):.3f} ± {stdev(one[m] for one in found):.3f}" for m in METRICS]
-        lines.append(f"| {row} | {' | '.join(cells)} |")
     PROOF.write_text("\n".join(lines) + "\n")
