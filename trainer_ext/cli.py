@@ -414,6 +414,31 @@ def schedule(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint, or the output folder of a run.")],
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Take this one checkpoint as it is now: write its manifest anew.")
+    ] = False,
+) -> None:
+    """Hold checkpoints against what was saved: every file that is missing, added or changed is named."""
+    with users_mistakes():
+        from trainer_ext.checkpoints import resume
+        from trainer_ext.checkpoints.manifest import write_manifest
+
+        found = resume.verdicts(folder)
+        if accept:
+            if list(found) != [folder]:
+                raise ValueError(f"--accept is for one checkpoint, and {folder} has {len(found)}: name it.")
+            write_manifest(folder)
+    for path, wrong in found.items():
+        typer.echo(f"{path}: {'as it was saved' if not wrong else 'accepted as it is' if accept else 'wrong'}")
+        for finding in wrong:
+            typer.echo(f"  {finding}")
+    if any(found.values()) and not accept:
+        raise typer.Exit(1)
+
+
+@app.command()
 def configs(
     name: Annotated[str | None, typer.Argument(help="A file's name without its ending, such as zero2.")] = None,
 ) -> None:
