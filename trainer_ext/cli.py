@@ -109,7 +109,7 @@ def train(
         from trainer_ext.task import TaskParser, prepare_task
 
         task_arguments, args = TaskParser(prog="trainer-ext train").parse(argv)
-        finetune.checkpoint_to_resume(args)
+        finetune.resume_asked(args)
         task = prepare_task(task_arguments)
         finetune.check_best_metric(args, task.label_names)
         _make_folder(output_dir)

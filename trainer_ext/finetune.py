@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from trainer_ext import manual_loop
+from trainer_ext.checkpoints.manifest import MANIFEST
+from trainer_ext.checkpoints.resume import checkpoints_in, named, newest_good
+from trainer_ext.checkpoints.trainer import SafeCheckpointsMixin, ranks_of
 from trainer_ext.loop_settings import loop_settings
 from trainer_ext.loss_record import check_same_loss, weights_table
 from trainer_ext.metrics import DEFAULT_METRICS, AccuracyAndF1, ComputeMetrics, compute_metrics
@@ -65,7 +67,9 @@ def train(trainer: Trainer) -> dict[str, Any]:
     Returns:
         The metrics of training and evaluation.
     """
-    metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args)).metrics
+    safe = isinstance(trainer, SafeCheckpointsMixin)
+    checkpoint = resume_asked(trainer.args) if safe else checkpoint_to_resume(trainer.args)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_metrics("train", metrics)
     trainer.save_model()
     trainer.save_state()
@@ -111,7 +115,22 @@ def run_manual_loop(
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """The checkpoint folder that `resume_from_checkpoint` means; `true` is the last one of the output folder.
+    """The checkpoint folder that `resume_from_checkpoint` means, verified; `true` is the newest good one.
+
+    Raises:
+        ValueError: There is no such checkpoint, or it is not as it was saved.
+    """
+    asked = resume_asked(args)
+    if asked is None:
+        return None
+    ranks = ranks_of(args)
+    choice = newest_good(Path(str(args.output_dir)), ranks) if asked is True else named(Path(str(asked)), ranks)
+    assert choice is not None
+    return str(choice.folder)
+
+
+def resume_asked(args: TrainingArguments) -> str | bool | None:
+    """What `resume_from_checkpoint` asks for, as `Trainer.train` takes it: a folder, True for the newest, or None.
 
     Raises:
         ValueError: There is no such checkpoint.
@@ -120,11 +139,10 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     if asked is None or str(asked).lower() == "false":
         return None
     if str(asked).lower() == "true":
-        folder = str(args.output_dir)
-        asked = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-        if asked is None:
-            raise ValueError(f"resume_from_checkpoint=true: there is no checkpoint in {folder}.")
-    if not (Path(asked) / "trainer_state.json").is_file():
+        if not checkpoints_in(Path(str(args.output_dir))):
+            raise ValueError(f"resume_from_checkpoint=true: there is no checkpoint in {args.output_dir}.")
+        return True
+    if not any((Path(asked) / name).is_file() for name in (MANIFEST, "trainer_state.json")):
         raise ValueError(
             f"resume_from_checkpoint={asked}: that is no checkpoint folder (it has no trainer_state.json)."
         )

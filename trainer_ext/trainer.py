@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from trainer_ext.arguments import asks_for_groups, group_options, own_optimizer
+from trainer_ext.checkpoints.trainer import SafeCheckpointsMixin
 from trainer_ext.engine import (
     check_engine,
     checkpoint_with_dropout_masks,
@@ -31,8 +32,9 @@ from trainer_ext.shared_buffers import remove_at_exit
 logger = logging.get_logger(__name__)
 
 
-class CustomTrainer(ExactLossMixin, Trainer):
-    """`Trainer` with an exact loss, weight decay on matrices only, and an override that is really called.
+class CustomTrainer(SafeCheckpointsMixin, ExactLossMixin, Trainer):
+    """`Trainer` with an exact loss, weight decay on matrices only, checkpoints that are whole, and an override that is
+    really called.
 
     Takes what `Trainer` takes, with `TrainingArguments` or `CustomTrainingArguments`, and `loss`.
     `optimizers=`, `optimizer_cls_and_kwargs=` and `--optim` are honoured as they are by `Trainer`. A subclass

@@ -17,7 +17,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trainer_ext.callbacks.agreement import of_all_ranks
-from trainer_ext.callbacks.averages_file import Part, find_averages, load_averages, save_averages
+from trainer_ext.callbacks.averages_file import Part, find_averages, has_averages, load_averages, save_averages
 from trainer_ext.callbacks.shards import find_shards
 from trainer_ext.callbacks.stateful import StatefulCallback
 from trainer_ext.callbacks.train_and_eval import hear_modes, hear_no_more
@@ -110,21 +110,30 @@ class EMACallback(StatefulCallback):
         self._put_weights()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save the averages into the checkpoint.
+        """Save the averages into the checkpoint, where the trainer has not had it done before.
 
         Raises:
             RuntimeError: The checkpoint's model has the averages, or there is no such folder.
         """
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if self._trained is not None:
-            raise RuntimeError(
-                f"EMACallback: {folder} was saved inside an evaluation, and its model has the averages; do not resume from "
-                "it. An evaluate() of your own ends with model.train(), also where it raises."
-            )
         if not folder.is_dir():
             raise RuntimeError(
                 f"EMACallback: there is no {folder} to save the averages in. A hyper-parameter search saves elsewhere: "
                 "set save_strategy='no' for it."
+            )
+        if not has_averages(folder, self._part, run=self.run, step=state.global_step):
+            self.save_files(folder, args, state)
+
+    def save_files(self, folder: Path, args: TrainingArguments, state: TrainerState) -> None:
+        """Save the averages into a checkpoint.
+
+        Raises:
+            RuntimeError: The checkpoint's model has the averages.
+        """
+        if self._trained is not None:
+            raise RuntimeError(
+                f"EMACallback: {folder} was saved inside an evaluation, and its model has the averages; do not resume from "
+                "it. An evaluate() of your own ends with model.train(), also where it raises."
             )
         if self._shards.differ or args.should_save:
             save_averages(folder, self._part, self._averages, run=self.run, step=state.global_step)

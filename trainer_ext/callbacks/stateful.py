@@ -6,6 +6,7 @@ patience from 0. Here the state comes back whenever a run goes on from a checkpo
 """
 
 import json
+from pathlib import Path
 from typing import Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -43,6 +44,13 @@ class StatefulCallback(TrainerCallback, ExportableState):
             found = type(self)(**self.state()["args"]).state()
         for name, value in found["attributes"].items():
             setattr(self, name, value)
+
+    def save_files(self, folder: Path, args: TrainingArguments, state: TrainerState) -> None:
+        """Write what is too large for `trainer_state.json` into a checkpoint that `CustomTrainer` is about to finish.
+
+        Called on all ranks, with the folder in which the checkpoint's other files are already. A stock `Trainer` does
+        not call it: there `on_save` is the place to do the same.
+        """
 
     def _saved(self, state: TrainerState) -> dict[str, Any] | None:
         """This callback's entry: of several of its class the last with the same options, which is the newest."""
