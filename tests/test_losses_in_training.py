@@ -28,6 +28,7 @@ from transformers import (
 from tests.conftest import SIZES, logged, rows, tiny_model
 from tests.test_exactness import WEIGHTS, assert_same, first_step, oracle
 from trainer_ext import LOSSES, CustomTrainer, ExactLossMixin
+from trainer_ext.checkpoints.manifest import write_manifest
 from trainer_ext.losses import WeightedSum
 
 NO_DROPOUT = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
@@ -275,6 +276,9 @@ def test_weights_from_data_are_shown_kept_and_held_on_resume(trainer, tmp_path, 
     with pytest.raises(ValueError, match=r"checkpoint-2 was trained with another loss \(class_weights: \["):
         trainer(class_weights=[1.0, 9.0], **saving).train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / "loss.json").unlink()
+    with pytest.raises(ValueError, match=r"loss.json is missing.*trainer-ext verify --accept"):
+        trainer(class_weights=[1.0, 9.0], **saving).train(resume_from_checkpoint=str(checkpoint))
+    write_manifest(checkpoint)
     trainer(class_weights=[1.0, 9.0], **saving).train(resume_from_checkpoint=str(checkpoint))
 
 

@@ -55,7 +55,8 @@ def check_same_loss(folder: str, loss: ConfiguredLoss | None) -> None:
     if gaps:
         raise ValueError(
             f"{folder} was trained with another loss ({'; '.join(gaps)}). Resume with the same arguments and training "
-            f"data, or remove {FILE} from the checkpoint to go on with the new loss on purpose."
+            f"data. To go on with the new loss on purpose, remove {FILE} from the checkpoint, and have it accepted so by "
+            f"`trainer-ext verify --accept {folder}`."
         )
 
 

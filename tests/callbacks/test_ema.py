@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback, 
 from tests.conftest import SIZES, logged, rows, tiny_model
 from trainer_ext.callbacks import ema
 from trainer_ext.callbacks.ema import EMACallback
+from trainer_ext.checkpoints.manifest import write_manifest
 
 STOCK = {"cls": Trainer, "arguments_class": TrainingArguments}
 
@@ -350,8 +351,10 @@ def test_averages_that_are_not_found(trainer, tmp_path):
         metadata = opened.metadata()
     kept = load_file(file)
     save_file({name: kept[name] for name in kept if name != "classifier.bias"}, file, metadata=metadata)
+    write_manifest(saved)
     refused("holds averages of other weights: classifier.bias")
     file.rename(saved / "ema-00001-of-00002.safetensors")
+    write_manifest(saved)
     refused("checkpoint-2 has ema-00001-of-00002.safetensors of as many ranks, and this run needs ema.safetensors")
     without = trainer(**SAVED, max_steps=4, output_dir=str(tmp_path / "without"))
     without.train()
