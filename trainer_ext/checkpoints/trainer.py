@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from transformers.utils import logging
@@ -19,12 +18,15 @@ from trainer_ext.callbacks.agreement import of_all_ranks
 from trainer_ext.callbacks.stateful import StatefulCallback
 from trainer_ext.checkpoints.ranks import Ranks
 from trainer_ext.checkpoints.resume import Choice, move_aside, named, newest_good
-from trainer_ext.checkpoints.write import CheckpointNotSavedError, Save, remove_leftovers
+from trainer_ext.checkpoints.write import Save, remove_leftovers
 from trainer_ext.engine import is_deepspeed
 
 logger = logging.get_logger(__name__)
 
-_TrainerBase = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:  # the mixin calls a Trainer's methods through super() and self, and is none itself
+    from transformers import Trainer as _TrainerBase
+else:
+    _TrainerBase = object
 
 
 class SafeCheckpointsMixin(_TrainerBase):
@@ -74,8 +76,9 @@ class SafeCheckpointsMixin(_TrainerBase):
             super()._save_checkpoint(model, trial)
             self._name_the_best(run_dir, best, save)
             self._save_what_callbacks_have(save.folder)
-            if is_deepspeed(self.model_wrapped) and self.model_wrapped.checkpoint_engine.is_decoupled():
-                self.model_wrapped._commit_decoupled_checkpoint()  # else it writes on after this
+            engine: Any = self.model_wrapped
+            if is_deepspeed(engine) and engine.checkpoint_engine.is_decoupled():
+                engine._commit_decoupled_checkpoint()  # else it writes on after this
         except BaseException as error:
             self.state.best_model_checkpoint = best
             not_saved = save.give_up(error)
@@ -134,6 +137,3 @@ class SafeCheckpointsMixin(_TrainerBase):
 def ranks_of(args: Any) -> Ranks:
     """This process among those of a run."""
     return Ranks(args.process_index == 0, args.local_process_index == 0, of_all_ranks)
-
-
-__all__ = ["CheckpointNotSavedError", "SafeCheckpointsMixin", "ranks_of"]
