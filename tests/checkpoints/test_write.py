@@ -225,3 +225,16 @@ def test_a_failed_save_leaves_the_state_as_it_was(trainer, monkeypatch):
     assert made.state.best_model_checkpoint is None
     assert made._get_output_dir(trial=None) == made.args.output_dir
     assert torch.is_tensor(next(made.model.parameters()))
+
+
+def test_an_upload_begins_with_the_whole_checkpoint_in_its_place(trainer, monkeypatch):
+    seen = []
+
+    def push(self, folder):
+        seen.append((folder, [str(finding) for finding in verify(Path(folder))]))
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    made = trainer(**OPTIONS)
+    made.args.push_to_hub = True
+    made.train()
+    assert seen == [(f"{made.args.output_dir}/checkpoint-{step}", []) for step in (1, 2, 3, 4)]
