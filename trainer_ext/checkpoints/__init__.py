@@ -1,10 +1,17 @@
-"""Checkpoints that are whole or not there, and a resume that refuses what has changed since.
+"""Checkpoints that are whole or not there, a resume that refuses what has changed since, and no way in.
 
-durable     on the disk, not only in its cache
-manifest    every file of a checkpoint with its size and SHA-256
-write       beside, manifest last, renamed into place
-resume      the newest checkpoint that is as it was saved
-ranks       what several processes do once for each storage
-    trainer     `SafeCheckpointsMixin`, which has a `Trainer` save and resume so
-trainer     `SafeCheckpointsMixin`, which has a `Trainer` save and resume so
+durable       on the disk, not only in its cache
+manifest      every file of a checkpoint with its size and SHA-256
+write         beside, manifest last, renamed into place
+resume        the newest checkpoint that is as it was saved
+ranks         what several processes do once for each storage
+trainer       `SafeCheckpointsMixin`, which has a `Trainer` save and resume so
+inert         a pickle is parsed, and nothing of it runs
+allowed       what the pickles of a checkpoint may name
+trusted       no checkpoint is loaded before all its pickles were parsed so
+resumed       the same, with one answer on all ranks
+weights       the weights of any engine's checkpoint, by name
+zero_weights  those in the flat partitions of DeepSpeed's ZeRO
+description   configuration and tokenizer beside the weights
+export        a checkpoint becomes a folder for `from_pretrained`
 """
