@@ -390,6 +390,29 @@ def groups(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder checkpoint-N, of any engine.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write: new, empty, or an earlier export.")],
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", "--max_shard_size", help="Of a file, such as 200MB; bounds the memory.")
+    ] = "5GB",
+    averages: Annotated[
+        bool, typer.Option("--averages", help="The averages of EMACallback in the place of the weights.")
+    ] = False,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", help="A folder with config.json and tokenizer, where the checkpoint has none."),
+    ] = None,
+) -> None:
+    """Turn a checkpoint (plain, DDP, ZeRO, FSDP) into a folder for from_pretrained, and verify it by loading."""
+    with users_mistakes():
+        from trainer_ext.checkpoints.export import export as run_export
+
+        found = run_export(checkpoint, out, max_shard_size=max_shard_size, averages=averages, described_by=model)
+    typer.echo(f"{found.tensors} tensors ({found.source}), equal after loading: {found.folder}")
+
+
+@app.command()
 def schedule(
     name: Annotated[str, typer.Argument(help="A value of lr_scheduler_type, such as one_cycle.")],
     steps: Annotated[int, typer.Option("--steps", help="Optimizer steps of the run.", min=1)] = 1000,

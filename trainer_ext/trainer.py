@@ -13,6 +13,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from trainer_ext.arguments import asks_for_groups, group_options, own_optimizer
+from trainer_ext.checkpoints.description import save_description
 from trainer_ext.checkpoints.resumed import require_trusted_on_all_ranks
 from trainer_ext.checkpoints.trainer import SafeCheckpointsMixin
 from trainer_ext.engine import (
@@ -166,11 +167,16 @@ class CustomTrainer(SafeCheckpointsMixin, ExactLossMixin, Trainer):
         self._group_rates = group_rates(cast(Optimizer, self.optimizer))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The stock save; and whole weights to load where FSDP keeps its checkpoints sharded, of which it saves none."""
+        """The stock save; and where FSDP keeps its checkpoints sharded, what it leaves out: the configuration and the
+        tokenizer of a checkpoint, and whole weights to load after training."""
         super().save_model(output_dir, _internal_call)
-        if self.is_fsdp_enabled and not _internal_call and saves_shards(self):
+        if not self.is_fsdp_enabled or not saves_shards(self):
+            return
+        if not _internal_call:
             weights = self.accelerator.get_state_dict(self.model)
             self._save(output_dir or self.args.output_dir, state_dict=weights)
+        elif self.args.should_save:
+            save_description(cast(nn.Module, self.model), self.processing_class, Path(str(output_dir)))
 
     def _load_best_model(self) -> None:
         """The stock way; the folder is named by a file of the checkpoint that was resumed, and may be anywhere."""

@@ -204,6 +204,17 @@ def test_a_class_of_the_list_cannot_be_changed(tmp_path):
         require_trusted(tmp_path)
 
 
+def test_no_item_of_a_tensor_is_set(tmp_path):
+    """Some versions of torch write such an item wherever the key says."""
+    torch.save({"weight": torch.ones(3)}, tmp_path / "optimizer.pt")
+    with zipfile.ZipFile(tmp_path / "optimizer.pt") as archive:
+        (data,) = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+    assert data.endswith(b"s.")
+    zipped(tmp_path / "optimizer.pt", data.removesuffix(b"s.") + b"K\x00K\x01s" + b"s.")
+    with pytest.raises(UntrustedPickleError, match="sets an item of a torch._utils._rebuild_tensor_v2"):
+        require_trusted(tmp_path)
+
+
 def test_a_script_in_an_archive_is_refused(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is deprecated

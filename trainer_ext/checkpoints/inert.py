@@ -8,6 +8,8 @@ import io
 import pickle
 from typing import Any
 
+MAPPINGS = ("collections.OrderedDict", "collections.Counter")
+
 
 class _Fixed(type):
     """A pickle may set attributes of the classes that it names; here it may not."""
@@ -41,7 +43,9 @@ class Inert(metaclass=_Fixed):
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """A mapping's, such as an OrderedDict's."""
+        """A mapping's. In a tensor it writes wherever the key says (CVE-2026-24747, mended in torch 2.10)."""
+        if self.called not in MAPPINGS:
+            raise pickle.UnpicklingError(f"it sets an item of a {self.called}")
 
     def append(self, value: Any) -> None:
         """A list's."""

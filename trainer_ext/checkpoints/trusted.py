@@ -52,7 +52,7 @@ class Finding(NamedTuple):
     name: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.file} {self.why}"
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in f"{self.file} {self.why}")
 
 
 class UntrustedPickleError(ValueError):
@@ -82,17 +82,18 @@ def check_pickles(folder: Path, *, arguments: Collection[str] = ()) -> list[Find
     return findings
 
 
-def require_trusted(folder: Path, *, arguments: Collection[str] = ()) -> None:
+def require_trusted(folder: Path, *, arguments: Collection[str] = (), without: Collection[str] = ()) -> None:
     """Raise where a checkpoint has a pickle that does more than hold state.
 
     Args:
         folder: The checkpoint's.
         arguments: As `check_pickles` takes them.
+        without: Names of files that the caller does not load.
 
     Raises:
         UntrustedPickleError: With every file, and the global that it names.
     """
-    findings = check_pickles(folder, arguments=arguments)
+    findings = [one for one in check_pickles(folder, arguments=arguments) if one.file.name not in without]
     if findings:
         raise UntrustedPickleError(
             f"{folder} is not loaded: {'; '.join(map(str, findings))}. A checkpoint holds tensors, numbers and text; what "
