@@ -19,6 +19,7 @@ def save_description(model: nn.Module, processing_class: Any, folder: Path) -> N
     if hasattr(config, "save_pretrained"):
         config.architectures = [type(model).__name__.removeprefix("FSDP")]  # what fully_shard calls the class
         config.save_pretrained(folder)
-    for part in (getattr(model, "generation_config", None), processing_class):
+    parts: list[Any] = [getattr(model, "generation_config", None), processing_class]
+    for part in parts:
         if hasattr(part, "save_pretrained"):
             part.save_pretrained(folder)

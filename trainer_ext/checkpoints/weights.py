@@ -156,10 +156,10 @@ def _sharded(folder: Path) -> Weights:
         return tensor
 
     index = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    others = [key for key, kind in index.items() if not isinstance(kind, TensorStorageMetadata)]
-    if others:
+    tensors = {key: kind for key, kind in index.items() if isinstance(kind, TensorStorageMetadata)}
+    if others := sorted(index.keys() - tensors.keys()):
         raise ValueError(f"{folder} holds {', '.join(others[:5])}, which are no tensors.")
     return {
         key.removeprefix(PREFIX): Stored(kind.size, kind.properties.dtype, partial(read, key, kind))
-        for key, kind in index.items()
+        for key, kind in tensors.items()
     }
