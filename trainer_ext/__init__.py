@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from trainer_ext.callbacks.run_summary import RunSummary
     from trainer_ext.callbacks.throughput import Throughput
     from trainer_ext.callbacks.time_limit import TimeLimit
+    from trainer_ext.checkpoints.resume import BadCheckpointError
+    from trainer_ext.checkpoints.trainer import SafeCheckpointsMixin
+    from trainer_ext.checkpoints.trusted import UntrustedPickleError
+    from trainer_ext.checkpoints.write import CheckpointNotSavedError
     from trainer_ext.drawn_orders import ClassBalancedOrder, WeightedOrder
     from trainer_ext.exact_loss import ExactLossMixin
     from trainer_ext.losses import LOSSES, LossTerms, class_weights
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BadCheckpointError",
+    "CheckpointNotSavedError",
     "ClassBalancedOrder",
     "CustomTrainer",
     "CustomTrainingArguments",
@@ -42,9 +48,11 @@ __all__ = [
     "NonFiniteError",
     "NonFiniteGuard",
     "RunSummary",
+    "SafeCheckpointsMixin",
     "Throughput",
     "TimeLimit",
     "TokenBudgetBatches",
+    "UntrustedPickleError",
     "WeightedOrder",
     "class_weights",
     "find_learning_rate",
@@ -53,6 +61,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BadCheckpointError": "trainer_ext.checkpoints.resume",
+    "CheckpointNotSavedError": "trainer_ext.checkpoints.write",
     "ClassBalancedOrder": "trainer_ext.drawn_orders",
     "CustomTrainer": "trainer_ext.trainer",
     "CustomTrainingArguments": "trainer_ext.arguments",
@@ -67,9 +77,11 @@ _HOMES = {
     "NonFiniteError": "trainer_ext.callbacks.non_finite_guard",
     "NonFiniteGuard": "trainer_ext.callbacks.non_finite_guard",
     "RunSummary": "trainer_ext.callbacks.run_summary",
+    "SafeCheckpointsMixin": "trainer_ext.checkpoints.trainer",
     "Throughput": "trainer_ext.callbacks.throughput",
     "TimeLimit": "trainer_ext.callbacks.time_limit",
     "TokenBudgetBatches": "trainer_ext.token_budget",
+    "UntrustedPickleError": "trainer_ext.checkpoints.trusted",
     "WeightedOrder": "trainer_ext.drawn_orders",
     "class_weights": "trainer_ext.losses",
     "find_learning_rate": "trainer_ext.lr_finder",

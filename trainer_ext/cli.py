@@ -106,6 +106,7 @@ def train(
     with users_mistakes():
         argv = _argv(ctx)
         from trainer_ext import finetune
+        from trainer_ext.checkpoints.resume import BadCheckpointError
         from trainer_ext.task import TaskParser, prepare_task
 
         task_arguments, args = TaskParser(prog="trainer-ext train").parse(argv)
@@ -116,7 +117,9 @@ def train(
         trainer = finetune.build_trainer(task, args, metrics="all")
     if trainer.is_world_process_zero():
         finetune.show_class_weights(trainer)
-    _print_metrics(finetune.train(trainer), output_dir)
+    with users_mistakes(BadCheckpointError):
+        metrics = finetune.train(trainer)
+    _print_metrics(metrics, output_dir)
 
 
 @app.command(context_settings=PASS_ON, epilog=OTHERS)
@@ -479,11 +482,13 @@ def main() -> None:
 
 
 @contextmanager
-def users_mistakes() -> Iterator[None]:
+def users_mistakes(
+    kinds: type[Exception] | tuple[type[Exception], ...] = (ValueError, OSError, ImportError, RuntimeError),
+) -> Iterator[None]:
     """Turn an error about what was asked for into one message and exit code 2."""
     try:
         yield
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except kinds as error:
         typer.echo(f"trainer-ext: error: {error}", err=True)
         raise typer.Exit(2) from None
 

@@ -8,13 +8,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from trainer_ext.arguments import asks_for_groups, group_options, own_optimizer
 from trainer_ext.checkpoints.description import save_description
-from trainer_ext.checkpoints.resumed import require_trusted_on_all_ranks
 from trainer_ext.checkpoints.trainer import SafeCheckpointsMixin
 from trainer_ext.engine import (
     check_engine,
@@ -70,19 +68,6 @@ class CustomTrainer(SafeCheckpointsMixin, ExactLossMixin, Trainer):
         checkpoint_with_dropout_masks(self)
         materialise_new_weights(self)
         shard_blocks_without_embeddings(self)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """The stock training, once every pickle of the checkpoint to resume is known to hold state alone.
-
-        Raises:
-            UntrustedPickleError: One of them names what could run commands; nothing was loaded.
-        """
-        found = resume_from_checkpoint
-        if found is True:
-            found = get_last_checkpoint(self.args.output_dir)
-        if found:
-            require_trusted_on_all_ranks(Path(str(found)), self.args)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A fresh model from `model_init`, with what `freeze` names frozen."""
@@ -177,11 +162,6 @@ class CustomTrainer(SafeCheckpointsMixin, ExactLossMixin, Trainer):
             self._save(output_dir or self.args.output_dir, state_dict=weights)
         elif self.args.should_save:
             save_description(cast(nn.Module, self.model), self.processing_class, Path(str(output_dir)))
-
-    def _load_best_model(self) -> None:
-        """The stock way; the folder is named by a file of the checkpoint that was resumed, and may be anywhere."""
-        require_trusted_on_all_ranks(Path(str(self.state.best_model_checkpoint)), self.args)
-        super()._load_best_model()
 
     def _freeze(self, model: nn.Module) -> None:
         if patterns := getattr(self.args, "freeze", None):

@@ -15,9 +15,14 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
+from transformers.utils import logging
 
+from trainer_ext.checkpoints.durable import sync_folder, sync_tree
+from trainer_ext.checkpoints.resume import named
 from trainer_ext.checkpoints.weights import Stored, Weights, open_weights, with_averages
 from trainer_ext.rehearsal.exported import file_digest
+
+logger = logging.get_logger(__name__)
 
 WRITTEN = "export.json"  # what an export says of itself: by it a folder is known to be one
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -66,10 +71,13 @@ def export(
 
     Raises:
         ValueError: The checkpoint cannot be exported, or `out` holds something else.
+        BadCheckpointError: The checkpoint is not as it was saved.
         UntrustedPickleError: A pickle of the weights does more than hold state; nothing was written.
         RuntimeError: What was written does not load as it should; nothing is left of it.
     """
     _check_out(out, checkpoint)
+    for note in named(checkpoint).notes():
+        logger.warning(note)
     files = _describing(described_by or checkpoint, checkpoint)
     source, weights = open_weights(checkpoint)
     weights = with_averages(checkpoint, weights) if averages else weights
@@ -200,20 +208,11 @@ def _loaded(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 def _into_place(staging: Path, out: Path) -> None:
     """Rename the finished folder; an earlier export stands aside until that is done."""
-    for path in [*staging.iterdir(), staging]:
-        _sync(path)
+    sync_tree(staging)
     aside = out.with_name(f".{out.name}.replaced")
     shutil.rmtree(aside, ignore_errors=True)
     if out.exists():
         os.rename(out, aside)
     os.rename(staging, out)
-    _sync(out.parent)
+    sync_folder(out.parent)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -19,6 +19,10 @@ UNSEALED = "manifest.json is missing, and others here have theirs: the save did 
 MEND = "Where the change is meant, `trainer-ext verify --accept {folder}` takes the checkpoint as it is now."
 
 
+class BadCheckpointError(ValueError):
+    """A checkpoint is not loaded: it is not as it was saved, or does more than hold state."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """What to go on from.
@@ -47,7 +51,7 @@ def newest_good(output_dir: Path, ranks: Ranks = ALONE) -> Choice | None:
     """The newest checkpoint of a run that verifies, for all ranks the same; None where there is no checkpoint.
 
     Raises:
-        ValueError: There are some, and none is good.
+        BadCheckpointError: There are some, and none is good.
     """
     names = ranks.together(lambda: [path.name for path in checkpoints_in(output_dir)])
     folders = [output_dir / name for name in sorted(names, key=step_of, reverse=True)]
@@ -60,7 +64,7 @@ def newest_good(output_dir: Path, ranks: Ranks = ALONE) -> Choice | None:
             return Choice(folder, passed_over)
         passed_over[folder] = wrong
     if passed_over:
-        raise ValueError(
+        raise BadCheckpointError(
             f"No checkpoint in {output_dir} is as it was saved. "
             + " ".join(f"{folder.name}: {shortened(wrong)}." for folder, wrong in passed_over.items())
             + " "
@@ -73,14 +77,14 @@ def named(folder: Path, ranks: Ranks = ALONE) -> Choice:
     """A checkpoint that a user names, verified.
 
     Raises:
-        ValueError: It is not as it was saved.
+        BadCheckpointError: It is not as it was saved.
     """
     names = ranks.together(lambda: [str(path) for path in checkpoints_in(folder.absolute().parent)])
     sealed = _sealed([folder, *map(Path, names)], ranks)
     if not sealed:
         return Choice(folder, verified=False)
     if wrong := _wrong(folder, sealed, ranks):
-        raise ValueError(f"{folder} is not as it was saved: {shortened(wrong)}. {MEND.format(folder=folder)}")
+        raise BadCheckpointError(f"{folder} is not as it was saved: {shortened(wrong)}. {MEND.format(folder=folder)}")
     return Choice(folder)
 
 

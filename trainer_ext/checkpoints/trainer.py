@@ -17,7 +17,8 @@ from transformers.utils import logging
 from trainer_ext.callbacks.agreement import of_all_ranks
 from trainer_ext.callbacks.stateful import StatefulCallback
 from trainer_ext.checkpoints.ranks import Ranks
-from trainer_ext.checkpoints.resume import Choice, move_aside, named, newest_good
+from trainer_ext.checkpoints.resume import BadCheckpointError, Choice, move_aside, named, newest_good
+from trainer_ext.checkpoints.resumed import require_trusted_on_all_ranks
 from trainer_ext.checkpoints.write import Save, remove_leftovers
 from trainer_ext.engine import is_deepspeed
 
@@ -43,7 +44,8 @@ class SafeCheckpointsMixin(_TrainerBase):
         """The stock training, from a checkpoint that verifies.
 
         Raises:
-            ValueError: There are checkpoints, and none is as it was saved; or the one that is named is not.
+            BadCheckpointError: There are checkpoints, and none is as it was saved; or the one that is named is not; or a
+                pickle in it names what could run commands. Nothing was loaded.
             CheckpointNotSavedError: A checkpoint could not be saved; those before it are as they were.
         """
         ranks = ranks_of(self.args)
@@ -56,11 +58,12 @@ class SafeCheckpointsMixin(_TrainerBase):
             choice = named(Path(asked), ranks)
         if choice is None:
             return super().train(asked, *args, **kwargs)
+        require_trusted_on_all_ranks(choice.folder, self.args)
         for note in choice.notes():
             logger.warning(note)
         for folder in choice.passed_over:
             if wrong := ranks.once_for_each_storage(lambda folder=folder: move_aside(folder)):  # type: ignore[misc]
-                raise ValueError(f"{folder} is not as it was saved, and cannot be moved aside: {wrong[0]}.")
+                raise BadCheckpointError(f"{folder} is not as it was saved, and cannot be moved aside: {wrong[0]}.")
         return super().train(str(choice.folder), *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -107,14 +110,15 @@ class SafeCheckpointsMixin(_TrainerBase):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_best_model(self) -> None:
-        """The stock method, on a checkpoint that verifies.
+        """The stock method, on a checkpoint that verifies: a file of the resumed one names it, and may name any folder.
 
         Raises:
-            ValueError: The best checkpoint is not as it was saved.
+            BadCheckpointError: The best checkpoint is not as it was saved, or a pickle in it could run commands.
         """
         best = Path(str(self.state.best_model_checkpoint))
         for note in named(best, ranks_of(self.args)).notes():
             logger.warning(note)
+        require_trusted_on_all_ranks(best, self.args)
         super()._load_best_model()
 
     def _name_the_best(self, run_dir: str, best: str | None, save: Save) -> None:

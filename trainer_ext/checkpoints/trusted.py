@@ -23,6 +23,7 @@ import torch
 
 from trainer_ext.checkpoints.allowed import ARGUMENTS, ARRAYS, DEEPSPEED, DISTRIBUTED, TENSORS
 from trainer_ext.checkpoints.inert import Inert, parse
+from trainer_ext.checkpoints.resume import BadCheckpointError
 
 # What a file may name, by its own name; the first pattern that fits.
 ALLOWED: dict[str, Collection[str]] = {
@@ -55,7 +56,7 @@ class Finding(NamedTuple):
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in f"{self.file} {self.why}")
 
 
-class UntrustedPickleError(ValueError):
+class UntrustedPickleError(BadCheckpointError):
     """A checkpoint has a pickle that does more than hold state."""
 
 
