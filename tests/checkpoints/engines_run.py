@@ -18,6 +18,7 @@ from transformers import default_data_collator
 from tests.callbacks.engines_run import FSDP2, zero
 from tests.conftest import rows, tiny_model
 from trainer_ext import CustomTrainer, CustomTrainingArguments, EMACallback
+from trainer_ext.checkpoints.manifest import write_manifest
 from trainer_ext.checkpoints.trusted import UntrustedPickleError
 from trainer_ext.engine import full_parameters, runs_on
 from trainer_ext.models import load_tokenizer
@@ -121,6 +122,7 @@ def refusal(engine, out, checkpoint):
     torch.distributed.barrier()
     if RANK == 0:
         craft(path, made)
+        write_manifest(checkpoint)
     torch.distributed.barrier()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint))
@@ -130,6 +132,7 @@ def refusal(engine, out, checkpoint):
     torch.distributed.barrier()
     if RANK == 0:
         path.write_bytes(kept)
+        write_manifest(checkpoint)
     return {"said": said, "ran": made.exists()}
 
 

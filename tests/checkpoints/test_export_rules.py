@@ -16,6 +16,8 @@ from tests.checkpoints.engines_run import craft
 from tests.conftest import SIZES, rows, tiny_model
 from trainer_ext import CustomTrainer, CustomTrainingArguments, EMACallback
 from trainer_ext.checkpoints.export import WRITTEN, export
+from trainer_ext.checkpoints.manifest import MANIFEST, write_manifest
+from trainer_ext.checkpoints.resume import BadCheckpointError
 from trainer_ext.checkpoints.trusted import UntrustedPickleError
 from trainer_ext.models import load_tokenizer
 
@@ -38,7 +40,8 @@ def plain(tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(plain, tmp_path):
-    return Path(shutil.copytree(plain[0], tmp_path / "checkpoint-2"))
+    """One that tests change: without the manifest, as the stock class saves it."""
+    return Path(shutil.copytree(plain[0], tmp_path / "checkpoint-2", ignore=shutil.ignore_patterns(MANIFEST)))
 
 
 @pytest.fixture
@@ -73,6 +76,14 @@ def test_the_averages(checkpoint, plain, out, call):
     assert call("export", checkpoint, out, "--averages").exit_code == 0
     assert equal(weights(out), plain[1])
     assert not equal(weights(out), load_file(checkpoint / "model.safetensors"))
+
+
+def test_a_checkpoint_that_changed_is_not_exported(checkpoint, out):
+    write_manifest(checkpoint)
+    (checkpoint / "config.json").write_text("{}")
+    with pytest.raises(BadCheckpointError, match=r"config\.json has 2 bytes"):
+        export(checkpoint, out)
+    assert nothing_is_left(out)
 
 
 def test_without_averages(checkpoint, out, call):

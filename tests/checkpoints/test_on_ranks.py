@@ -109,6 +109,8 @@ def test_two_ranks(tmp_path, engine):
     for seen in (first, second):
         assert seen["saved"] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
         assert seen["wrong"] == []
-        assert seen["refused"].startswith(f"ValueError: {tmp_path}/run/checkpoint-4 is not as it was saved: {harmed} ")
+        assert seen["refused"].startswith(
+            f"BadCheckpointError: {tmp_path}/run/checkpoint-4 is not as it was saved: {harmed} "
+        )
         assert seen["resumed"] == seen["whole"] == first["whole"]
         assert seen["after"] == ["_bad-checkpoint-4", "checkpoint-2", "checkpoint-4", "checkpoint-6"]
