@@ -24,6 +24,7 @@ from trainer_ext.engine import (
     shard_blocks_without_embeddings,
 )
 from trainer_ext.exact_loss import ExactLossMixin
+from trainer_ext.lean_step import LeanStepMixin
 from trainer_ext.optim.factory import brings_own_groups, build_optimizer
 from trainer_ext.optim.freezing import freeze
 from trainer_ext.optim.groups import assign, groups
@@ -34,7 +35,7 @@ from trainer_ext.shared_buffers import remove_at_exit
 logger = logging.get_logger(__name__)
 
 
-class CustomTrainer(SafeCheckpointsMixin, ExactLossMixin, Trainer):
+class CustomTrainer(SafeCheckpointsMixin, ExactLossMixin, LeanStepMixin, Trainer):
     """`Trainer` with an exact loss, weight decay on matrices only, checkpoints that are whole, and an override that is
     really called.
 
