@@ -61,17 +61,18 @@ def train(out):
 
 
 def started(out):
+    Path(f"{out}.steps").unlink(missing_ok=True)
     process = CONTEXT.Process(target=train, args=(str(out),))
     process.start()
     return process
 
 
 def in_a_save(out, process, files):
-    """Wait until a save is under way that has written so many files."""
-    folder = out / SAVING
+    """Wait until a save of this process is under way that has written so many files."""
+    folder, told = out / SAVING, Path(f"{out}.steps")
     while process.is_alive():
         with suppress(FileNotFoundError):  # it is put in its place meanwhile
-            if len([path for path in folder.iterdir() for path in path.iterdir()]) >= files:
+            if told.exists() and len([path for path in folder.iterdir() for path in path.iterdir()]) >= files:
                 return
         time.sleep(0.0005)
 

@@ -66,6 +66,13 @@ class SafeCheckpointsMixin(_TrainerBase):
                 raise BadCheckpointError(f"{folder} is not as it was saved, and cannot be moved aside: {wrong[0]}.")
         return super().train(str(choice.folder), *args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The stock epoch; none where the checkpoint is of the last step, after which the stock class trains another."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)
         return run_dir if self._save_under_way is None else str(self._save_under_way.staging)
