@@ -47,6 +47,7 @@ class Save:
         self.place = Path(run_dir) / name
         self._ranks = ranks
         self._stamps: dict[str, Stamp] = {}
+        self._replaces = os.path.lexists(self.place)
 
     def begin(self) -> None:
         """Make the folder, after what a killed save left is gone.
@@ -103,6 +104,11 @@ class Save:
         write_manifest(self.folder)
         self._stamps = stamps(self.folder)
         if os.path.lexists(self.place):
+            if not self._replaces:
+                raise ValueError(
+                    "something was put there while it was being saved, such as by a callback's on_save: with async_save "
+                    "the folder is not there yet, and a callback's files go through StatefulCallback.save_files"
+                )
             (self.staging / REPLACED).mkdir()
             self.place.rename(self.staging / REPLACED / self.place.name)
         self.folder.rename(self.place)
