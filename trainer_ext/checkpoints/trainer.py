@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
 from trainer_ext.callbacks.agreement import of_all_ranks
@@ -23,7 +23,7 @@ from trainer_ext.checkpoints.background import Background
 from trainer_ext.checkpoints.ranks import Ranks
 from trainer_ext.checkpoints.resume import BadCheckpointError, Choice, move_aside, named, newest_good
 from trainer_ext.checkpoints.resumed import require_trusted_on_all_ranks
-from trainer_ext.checkpoints.write import Save, remove_leftovers
+from trainer_ext.checkpoints.write import Save, remove_leftovers, rotate
 from trainer_ext.engine import is_deepspeed
 
 logger = logging.get_logger(__name__)
@@ -79,6 +79,8 @@ class SafeCheckpointsMixin(_TrainerBase):
             if self._background is not None:
                 self._background.finish_after_an_error()
             raise
+        finally:
+            self._background = None
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """The stock end, when the last save is whole."""
@@ -138,8 +140,7 @@ class SafeCheckpointsMixin(_TrainerBase):
     def _place(self, save: Save, best: str | None) -> None:
         save.commit()
         if self.args.should_save:
-            limit, run_dir = self.args.save_total_limit, str(save.place.parent)
-            rotate_checkpoints(run_dir, limit, best_model_checkpoint=best, use_mtime=True)
+            rotate(save.place.parent, self.args.save_total_limit, best)
 
     def _seal_and_push(self, save: Save) -> None:
         save.seal()
