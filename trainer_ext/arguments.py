@@ -117,6 +117,13 @@ class CustomTrainingArguments(TrainingArguments):
             "module, ndim, depth, tag. Settings: lr_multiplier, weight_decay. One that matches nothing is an error."
         },
     )
+    async_save: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on while a checkpoint is brought to the disk, hashed and put in its place: the next save, and "
+            "the end of training, wait for it. What a save blocks is logged as checkpoint_blocked_seconds."
+        },
+    )
 
     def __post_init__(self) -> None:
         settle_on_cpu(self)

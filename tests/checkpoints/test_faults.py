@@ -146,6 +146,15 @@ def test_the_run_falls_back_and_ends_as_it_would_have(train, copy, whole, name, 
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
 
 
+def test_a_finished_run_trains_no_further(train, copy, whole):
+    """Its last step is not the last of an epoch, where the stock class goes on with the next batch."""
+    shutil.copytree(whole / "run" / "checkpoint-6", copy / "checkpoint-6")
+    made = train(copy, resume_from=True)
+    assert made.state.global_step == 6
+    assert same_end(made, whole)
+    assert sorted(path.name for path in copy.iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
 def test_a_named_one_is_refused_before_anything_is_loaded(train, copy, caplog):
     bit_flipped(copy / "checkpoint-4" / "model.safetensors", None)
     with pytest.raises(ValueError, match="model.safetensors is not as it was saved: its SHA-256 differs.*--accept"):

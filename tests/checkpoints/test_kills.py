@@ -6,6 +6,7 @@ Real processes are killed by a real SIGKILL, each when a save has written anothe
 import os
 import random
 import signal
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import TrainerCallback, default_data_collator
+from transformers.trainer_utils import rotate_checkpoints
 
-from tests.callbacks.processes import CONTEXT
+from tests.callbacks.processes import CONTEXT, exit_code
 from tests.conftest import rows, tiny_model
-from trainer_ext.checkpoints.manifest import verify
+from trainer_ext.checkpoints.manifest import verify, write_manifest
 from trainer_ext.checkpoints.resume import newest_good, step_of
-from trainer_ext.checkpoints.write import SAVING
+from trainer_ext.checkpoints.write import SAVING, remove_leftovers, rotate
 
 STEPS = 40
 KILLS = 9  # after none of the files of a checkpoint to after all of them but the manifest
@@ -61,17 +63,18 @@ def train(out):
 
 
 def started(out):
+    Path(f"{out}.steps").unlink(missing_ok=True)
     process = CONTEXT.Process(target=train, args=(str(out),))
     process.start()
     return process
 
 
 def in_a_save(out, process, files):
-    """Wait until a save is under way that has written so many files."""
-    folder = out / SAVING
+    """Wait until a save of this process is under way that has written so many files."""
+    folder, told = out / SAVING, Path(f"{out}.steps")
     while process.is_alive():
         with suppress(FileNotFoundError):  # it is put in its place meanwhile
-            if len([path for path in folder.iterdir() for path in path.iterdir()]) >= files:
+            if told.exists() and len([path for path in folder.iterdir() for path in path.iterdir()]) >= files:
                 return
         time.sleep(0.0005)
 
@@ -105,6 +108,36 @@ def test_every_kill_leaves_a_checkpoint_to_go_on_from(tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert sorted(path.name for path in out.iterdir()) == [f"checkpoint-{STEPS - 1}", f"checkpoint-{STEPS}"]
     assert all(not verify(path) for path in out.iterdir())
+
+
+def rotate_and_die(rotation, run_dir):
+    """Keep two checkpoints; die before the second file of the third is removed."""
+    removed = 0
+
+    def watch(event, arguments):
+        nonlocal removed
+        if event == "os.remove":
+            removed += 1
+            if removed == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    rotation(run_dir, 2, None)
+
+
+@pytest.mark.parametrize(("rotation", "halves"), [(rotate, 0), (rotate_checkpoints, 1)])
+def test_a_kill_in_a_rotation_leaves_whole_ones_alone(tmp_path, rotation, halves):
+    """The control is the stock rotation, of which half a checkpoint is left in its place."""
+    for step in (1, 2, 3):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in "abc":
+            (folder / name).write_text(name)
+        write_manifest(folder)
+    assert exit_code(rotate_and_die, rotation, tmp_path) == -signal.SIGKILL
+    assert sum(bool(verify(folder)) for folder in tmp_path.glob("checkpoint-*")) == halves
+    remove_leftovers(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2 + halves
 
 
 def test_a_checkpoint_that_is_written_in_its_place_is_caught(tmp_path):

@@ -30,12 +30,17 @@ def largest_of_all(value: Tensor) -> Tensor:
     return value
 
 
-def of_all_ranks(value: Any) -> list[Any]:
-    """What every rank holds, in the order of the ranks: a collective of pickled objects, to be called by all."""
+def of_all_ranks(value: Any, group: Any = None) -> list[Any]:
+    """What every rank holds, in the order of the ranks: a collective of pickled objects, to be called by all.
+
+    Args:
+        value: What this rank holds.
+        group: The process group to send over; None is the default one.
+    """
     if not _several():
         return [value]
     found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value)
+    torch.distributed.all_gather_object(found, value, group=group)
     return found
 
 

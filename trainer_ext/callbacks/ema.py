@@ -17,7 +17,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trainer_ext.callbacks.agreement import of_all_ranks
-from trainer_ext.callbacks.averages_file import Part, find_averages, has_averages, load_averages, save_averages
+from trainer_ext.callbacks.averages_file import Part, find_averages, load_averages, save_averages
 from trainer_ext.callbacks.shards import find_shards
 from trainer_ext.callbacks.stateful import StatefulCallback
 from trainer_ext.callbacks.train_and_eval import hear_modes, hear_no_more
@@ -57,6 +57,7 @@ class EMACallback(StatefulCallback):
         self._averages: dict[str, Tensor] = {}
         self._trained: dict[str, Tensor] | None = None  # the weights to train, while the model has the averages
         self._heard: nn.Module | None = None
+        self._saved_at: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -68,6 +69,7 @@ class EMACallback(StatefulCallback):
             RuntimeError: An earlier training ended inside an evaluation, and left averages in the model.
         """
         self._forget_a_failed_run(resumes=state.global_step > 0)
+        self._saved_at = None
         super().on_train_begin(args, state, control, **kwargs)
         model = kwargs["model"]
         self._shards = find_shards(model, kwargs["optimizer"])
@@ -115,14 +117,15 @@ class EMACallback(StatefulCallback):
         Raises:
             RuntimeError: The checkpoint's model has the averages, or there is no such folder.
         """
+        if self._saved_at == state.global_step:
+            return
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if not folder.is_dir():
             raise RuntimeError(
                 f"EMACallback: there is no {folder} to save the averages in. A hyper-parameter search saves elsewhere: "
                 "set save_strategy='no' for it."
             )
-        if not has_averages(folder, self._part, run=self.run, step=state.global_step):
-            self.save_files(folder, args, state)
+        self.save_files(folder, args, state)
 
     def save_files(self, folder: Path, args: TrainingArguments, state: TrainerState) -> None:
         """Save the averages into a checkpoint.
@@ -137,6 +140,7 @@ class EMACallback(StatefulCallback):
             )
         if self._shards.differ or args.should_save:
             save_averages(folder, self._part, self._averages, run=self.run, step=state.global_step)
+        self._saved_at = state.global_step
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

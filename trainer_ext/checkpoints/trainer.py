@@ -6,20 +6,24 @@ the rotation of older ones) comes after that.
 """
 
 import os
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
 from trainer_ext.callbacks.agreement import of_all_ranks
 from trainer_ext.callbacks.stateful import StatefulCallback
+from trainer_ext.checkpoints.background import Background
 from trainer_ext.checkpoints.ranks import Ranks
 from trainer_ext.checkpoints.resume import BadCheckpointError, Choice, move_aside, named, newest_good
 from trainer_ext.checkpoints.resumed import require_trusted_on_all_ranks
-from trainer_ext.checkpoints.write import Save, remove_leftovers
+from trainer_ext.checkpoints.write import Save, remove_leftovers, rotate
 from trainer_ext.engine import is_deepspeed
 
 logger = logging.get_logger(__name__)
@@ -39,6 +43,7 @@ class SafeCheckpointsMixin(_TrainerBase):
 
     _save_under_way: Save | None = None
     _last_save: Save | None = None
+    _background: Background | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The stock training, from a checkpoint that verifies.
@@ -57,22 +62,62 @@ class SafeCheckpointsMixin(_TrainerBase):
         elif isinstance(asked, str | os.PathLike) and Path(asked).is_dir():
             choice = named(Path(asked), ranks)
         if choice is None:
-            return super().train(asked, *args, **kwargs)
+            return self._train(asked, *args, **kwargs)
         require_trusted_on_all_ranks(choice.folder, self.args)
         for note in choice.notes():
             logger.warning(note)
         for folder in choice.passed_over:
             if wrong := ranks.once_for_each_storage(lambda folder=folder: move_aside(folder)):  # type: ignore[misc]
                 raise BadCheckpointError(f"{folder} is not as it was saved, and cannot be moved aside: {wrong[0]}.")
-        return super().train(str(choice.folder), *args, **kwargs)
+        return self._train(str(choice.folder), *args, **kwargs)
+
+    def _train(self, *args: Any, **kwargs: Any) -> Any:
+        self._background = Background() if getattr(self.args, "async_save", False) else None
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException:
+            if self._background is not None:
+                self._background.finish_after_an_error()
+            raise
+        finally:
+            self._background = None
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock end, when the last save is whole."""
+        if self._background is not None:
+            self._background.finish()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The stock epoch; none where the checkpoint is of the last step, after which the stock class trains another."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)
         return run_dir if self._save_under_way is None else str(self._save_under_way.staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        start, background = time.perf_counter(), self._background
+        if background is not None:
+            background.finish()
+        save = self._write_checkpoint(model, trial)
+        place_and_rotate = partial(self._place, save, self.state.best_model_checkpoint)
+        if background is None:
+            place_and_rotate()
+            self._last_save = save
+            self._push(save)
+        else:
+            background.start(place_and_rotate, partial(self._seal_and_push, save))
+            self.log({"checkpoint_blocked_seconds": time.perf_counter() - start})
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> Save:
+        """Have the stock method, the callbacks and the engine write all files beside."""
         run_dir, best = self._get_output_dir(trial), self.state.best_model_checkpoint
-        save = Save(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", ranks_of(self.args))
+        ranks = ranks_of(self.args) if self._background is None else ranks_of(self.args, self._background.gather)
+        save = Save(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", ranks)
         save.begin()
         self._save_under_way = save
         try:
@@ -90,13 +135,20 @@ class SafeCheckpointsMixin(_TrainerBase):
             raise
         finally:
             self._save_under_way = None
+        return save
+
+    def _place(self, save: Save, best: str | None) -> None:
         save.commit()
-        self._last_save = save
+        if self.args.should_save:
+            rotate(save.place.parent, self.args.save_total_limit, best)
+
+    def _seal_and_push(self, save: Save) -> None:
+        save.seal()
+        self._push(save)
+
+    def _push(self, save: Save) -> None:
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(save.place))
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(run_dir, self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """The stock method, at the end of which callbacks hear of a save and may put files into the checkpoint."""
@@ -138,6 +190,6 @@ class SafeCheckpointsMixin(_TrainerBase):
                 callback.save_files(folder, self.args, self.state)
 
 
-def ranks_of(args: Any) -> Ranks:
+def ranks_of(args: Any, gather: Callable[[Any], list[Any]] = of_all_ranks) -> Ranks:
     """This process among those of a run."""
-    return Ranks(args.process_index == 0, args.local_process_index == 0, of_all_ranks)
+    return Ranks(args.process_index == 0, args.local_process_index == 0, gather)

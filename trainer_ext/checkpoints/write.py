@@ -11,6 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from transformers.trainer_utils import sort_checkpoints
+
 from trainer_ext.checkpoints.durable import sync_folder, sync_tree, walk
 from trainer_ext.checkpoints.manifest import MANIFEST, read_manifest, write_manifest
 from trainer_ext.checkpoints.ranks import Ranks
@@ -47,6 +49,7 @@ class Save:
         self.place = Path(run_dir) / name
         self._ranks = ranks
         self._stamps: dict[str, Stamp] = {}
+        self._replaces = os.path.lexists(self.place)
 
     def begin(self) -> None:
         """Make the folder, after what a killed save left is gone.
@@ -103,6 +106,11 @@ class Save:
         write_manifest(self.folder)
         self._stamps = stamps(self.folder)
         if os.path.lexists(self.place):
+            if not self._replaces:
+                raise ValueError(
+                    "something was put there while it was being saved, such as by a callback's on_save: with async_save "
+                    "the folder is not there yet, and a callback's files go through StatefulCallback.save_files"
+                )
             (self.staging / REPLACED).mkdir()
             self.place.rename(self.staging / REPLACED / self.place.name)
         self.folder.rename(self.place)
@@ -133,6 +141,25 @@ def remove_leftovers(run_dir: Path) -> None:
             with suppress(FileNotFoundError):
                 path.rename(run_dir / path.name)
     shutil.rmtree(staging, ignore_errors=True)
+
+
+def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
+    """Keep so many checkpoints, the newest and the best among them, as `rotate_checkpoints` of transformers does.
+
+    One that is removed leaves its place at once: half of it would be the newest by its folder's time, and be kept for a
+    whole one.
+    """
+    found = sort_checkpoints(str(run_dir), use_mtime=True)
+    if not limit or limit < 0 or len(found) <= limit:
+        return
+    kept = {found[-1]} | ({str(Path(best))} if best else set())
+    surplus = len(found) - max(limit, len(kept))
+    removed = run_dir / SAVING / "removed"
+    removed.mkdir(parents=True, exist_ok=True)
+    for folder in [path for path in found if path not in kept][:surplus]:
+        with suppress(OSError):  # it stays, and the next rotation tries again
+            os.rename(folder, removed / Path(folder).name)
+    shutil.rmtree(run_dir / SAVING, ignore_errors=True)
 
 
 def stamps(folder: Path) -> dict[str, Stamp]:
