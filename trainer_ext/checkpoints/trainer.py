@@ -20,9 +20,11 @@ from transformers.utils import logging
 from trainer_ext.callbacks.agreement import of_all_ranks
 from trainer_ext.callbacks.stateful import StatefulCallback
 from trainer_ext.checkpoints.background import Background
+from trainer_ext.checkpoints.elastic import ElasticResumeMixin
 from trainer_ext.checkpoints.ranks import Ranks
 from trainer_ext.checkpoints.resume import BadCheckpointError, Choice, move_aside, named, newest_good
 from trainer_ext.checkpoints.resumed import require_trusted_on_all_ranks
+from trainer_ext.checkpoints.run_record import save_record
 from trainer_ext.checkpoints.write import Save, remove_leftovers, rotate
 from trainer_ext.engine import is_deepspeed
 
@@ -34,7 +36,7 @@ else:
     _TrainerBase = object
 
 
-class SafeCheckpointsMixin(_TrainerBase):
+class SafeCheckpointsMixin(ElasticResumeMixin, _TrainerBase):
     """Put before a `Trainer` class among the bases, it makes that class's checkpoints atomic and verified.
 
     `train(resume_from_checkpoint=True)` goes on from the newest checkpoint that is as it was saved; those that were
@@ -124,6 +126,8 @@ class SafeCheckpointsMixin(_TrainerBase):
             super()._save_checkpoint(model, trial)
             self._name_the_best(run_dir, best, save)
             self._save_what_callbacks_have(save.folder)
+            if self.args.should_save:
+                save_record(self, save.folder)
             engine: Any = self.model_wrapped
             if is_deepspeed(engine) and engine.checkpoint_engine.is_decoupled():
                 engine._commit_decoupled_checkpoint()  # else it writes on after this

@@ -61,11 +61,14 @@ def open_weights(folder: Path) -> tuple[str, Weights]:
     if (folder / "latest").is_file():
         tag = (folder / "latest").read_text().strip()
         require_trusted(folder, without=("training_args.bin",))
-        stage, tensors = zero_weights(folder / tag)
-        return f"DeepSpeed ZeRO-{stage}", {name: Stored(*tensor) for name, tensor in tensors.items()}
+        stage, placed = zero_weights(folder / tag)
+        return f"DeepSpeed ZeRO-{stage}", {name: Stored(*tensor) for name, tensor in placed.items()}
     if (folder / SHARDED).is_dir():
         require_trusted(folder / SHARDED)
-        return "FSDP, sharded", _sharded(folder / SHARDED)
+        tensors, others = sharded(folder / SHARDED)
+        if others:
+            raise ValueError(f"{folder / SHARDED} holds {', '.join(others[:5])}, which are no tensors.")
+        return "FSDP, sharded", {key.removeprefix(PREFIX): stored for key, stored in tensors.items()}
     for name, opened in (("model.safetensors", _safetensors), ("pytorch_model.bin", _saved)):
         if (folder / f"{name}.index.json").is_file():
             found: Weights = {}
@@ -143,8 +146,8 @@ def _saved(path: Path) -> Weights:
     return {name: Stored(tensor.shape, tensor.dtype, tensor.detach) for name, tensor in state.items()}
 
 
-def _sharded(folder: Path) -> Weights:
-    """Of torch.distributed.checkpoint."""
+def sharded(folder: Path) -> tuple[Weights, list[str]]:
+    """What torch.distributed.checkpoint wrote: the tensors by their keys, and the keys of what is none."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -156,10 +159,9 @@ def _sharded(folder: Path) -> Weights:
         return tensor
 
     index = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    tensors = {key: kind for key, kind in index.items() if isinstance(kind, TensorStorageMetadata)}
-    if others := sorted(index.keys() - tensors.keys()):
-        raise ValueError(f"{folder} holds {', '.join(others[:5])}, which are no tensors.")
-    return {
-        key.removeprefix(PREFIX): Stored(kind.size, kind.properties.dtype, partial(read, key, kind))
-        for key, kind in tensors.items()
+    found = {
+        key: Stored(kind.size, kind.properties.dtype, partial(read, key, kind))
+        for key, kind in index.items()
+        if isinstance(kind, TensorStorageMetadata)
     }
+    return found, sorted(index.keys() - found.keys())

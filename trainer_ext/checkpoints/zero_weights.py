@@ -1,4 +1,5 @@
-"""The float32 weights in the files of DeepSpeed's ZeRO: each put together from the ranks' flat partitions.
+"""The float32 weights in the files of DeepSpeed's ZeRO, and what its optimizer keeps of them: each put together from the
+ranks' flat partitions.
 
 ZeRO-1 and 2 lay the parameters of a group one behind the other, and cut the whole among the ranks:
 
@@ -45,9 +46,7 @@ def zero_weights(folder: Path) -> tuple[int, dict[str, Placed]]:
     if not ranks:
         state = load(_file(folder, "mp_rank_00_model_states.pt"))
         return 0, _from_module(state, state["module"].keys())
-    optimizers = [load(path)["optimizer_state_dict"] for path in ranks]
-    stage = int(optimizers[0].get("zero_stage", 1))
-    _require_all(folder, optimizers[0]["partition_count"], len(ranks))
+    stage, optimizers = _optimizers(folder, ranks)
     if stage == 3:
         names = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(len(ranks))]
         models = [load(_file(folder, name)) for name in names]
@@ -57,6 +56,59 @@ def zero_weights(folder: Path) -> tuple[int, dict[str, Placed]]:
     flats = [state["single_partition_of_fp32_groups"] for state in optimizers]
     found = _cut_whole(flats, model["param_shapes"], optimizers[0].get("param_alignment_paddings"), folder)
     return stage, found | _from_module(model, model["module"].keys() - found.keys() - model["shared_params"].keys())
+
+
+def zero_moments(folder: Path) -> dict[str, dict[str, Placed]]:
+    """What the optimizer keeps of each parameter, by the parameter's name: moments of its shape, and numbers.
+
+    Args:
+        folder: A tag's, of ZeRO-1, 2 or 3, whose pickles were checked.
+
+    Raises:
+        ValueError: As `zero_weights`; or the groups are not at one step.
+    """
+    ranks = _ranks(folder)
+    stage, optimizers = _optimizers(folder, ranks)
+    model = load(_file(folder, f"{'zero_pp_rank_0_' if stage == 3 else ''}mp_rank_00_model_states.pt"))
+    shapes, paddings = model["param_shapes"], optimizers[0].get("param_alignment_paddings")
+    states = [_by_flat(state) for state in optimizers]
+    flat = (
+        {key for key, value in states[0][0].items() if torch.is_tensor(value) and value.dim()} if states[0] else set()
+    )
+    found: dict[str, dict[str, Placed]] = {name: {} for names in shapes for name in names}
+    for key in sorted(flat):
+        flats = [[group[key] for group in groups] for groups in states]
+        cut = _cut_each(flats, shapes, folder) if stage == 3 else _cut_whole(flats, shapes, paddings, folder)
+        for name, placed in cut.items():
+            found[name][key] = placed
+    for key in sorted(states[0][0].keys() - flat if states[0] else ()):
+        number = _one_number(key, states, folder)
+        for kept in found.values():
+            kept[key] = Placed(number.shape, number.dtype, number.clone)
+    return found
+
+
+def _optimizers(folder: Path, ranks: list[Path]) -> tuple[int, list[dict[str, Any]]]:
+    """The stage, and the optimizer's state on each rank."""
+    optimizers = [load(path)["optimizer_state_dict"] for path in ranks]
+    _require_all(folder, optimizers[0]["partition_count"], len(ranks))
+    return int(optimizers[0].get("zero_stage", 1)), optimizers
+
+
+def _by_flat(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """What one rank's base optimizer keeps of each of its flat partitions."""
+    base = state["base_optimizer_state"] if "base_optimizer_state" in state else state["optimizer_state_dict"]
+    return base if isinstance(base, list) else [base["state"][i] for i in sorted(base["state"])]
+
+
+def _one_number(key: str, states: list[list[dict[str, Any]]], folder: Path) -> Tensor:
+    """A number such as the step, which is the same for all partitions."""
+    numbers = {float(group[key]) for groups in states for group in groups}
+    if len(numbers) > 1:
+        raise ValueError(
+            f"{folder}: the optimizer's {key} is {sorted(numbers)} in its groups, where one was expected."
+        )
+    return torch.as_tensor(states[0][0][key])
 
 
 def _ranks(folder: Path) -> list[Path]:
