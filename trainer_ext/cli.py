@@ -19,7 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Fine-tune with the Hugging Face Trainer, and prove that the arithmetic is right.",
-    epilog="Exit codes: 0 done; 1 the answer is no (a mode differs or failed); 2 a mistake in what was asked for.",
+    epilog="Exit codes: 0 done; 1 the answer is no (a mode differs or failed); 2 a mistake in what was asked for; 85 "
+    "stopped by a signal or the time limit, with a checkpoint to resume from.",
 )
 parity_app = typer.Typer(no_args_is_help=True, help="Hold training paths against the plain PyTorch loop.")
 app.add_typer(parity_app, name="parity")

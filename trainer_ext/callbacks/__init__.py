@@ -6,6 +6,7 @@
     group_norms
     non_finite_guard    micro_batches (what was not finite), gradient_check, drawn_rows (which rows they were)
     run_summary         run_facts, templates/
+    stop_on_signal
     throughput          flops
     time_limit
 
