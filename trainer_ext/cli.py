@@ -107,7 +107,9 @@ def train(
     with users_mistakes():
         argv = _argv(ctx)
         from trainer_ext import finetune
+        from trainer_ext.callbacks.non_finite_guard import NonFiniteError
         from trainer_ext.checkpoints.resume import BadCheckpointError
+        from trainer_ext.checkpoints.write import CheckpointNotSavedError
         from trainer_ext.task import TaskParser, prepare_task
 
         task_arguments, args = TaskParser(prog="trainer-ext train").parse(argv)
@@ -118,7 +120,7 @@ def train(
         trainer = finetune.build_trainer(task, args, metrics="all")
     if trainer.is_world_process_zero():
         finetune.show_class_weights(trainer)
-    with users_mistakes(BadCheckpointError):
+    with users_mistakes((BadCheckpointError, CheckpointNotSavedError, NonFiniteError)):
         metrics = finetune.train(trainer)
     _print_metrics(metrics, output_dir)
 
