@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from trainer_ext.callbacks.time_limit import TimeLimit
 from trainer_ext.engine import settle_on_cpu
 from trainer_ext.optim.factory import find_optimizer, optimizer_kwargs
 from trainer_ext.optim.rules import parse_rules, rate_findings, read_rules
@@ -125,6 +126,14 @@ class CustomTrainingArguments(TrainingArguments):
         },
     )
 
+    max_time: str | None = field(
+        default=None,
+        metadata={
+            "help": "End training in time, with a checkpoint to go on from: '3h50m', '90m' or '1:30:00' from its start; "
+            "a minute is left for that checkpoint."
+        },
+    )
+
     def __post_init__(self) -> None:
         settle_on_cpu(self)
         own = {
@@ -162,6 +171,11 @@ class CustomTrainingArguments(TrainingArguments):
                 "trainer"
             )
         findings += self._settle_groups()
+        if self.max_time is not None:
+            try:
+                TimeLimit(self.max_time)
+            except ValueError as error:
+                findings.append(str(error))
         if findings:
             raise ValueError("; ".join(findings))
 

@@ -19,7 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Fine-tune with the Hugging Face Trainer, and prove that the arithmetic is right.",
-    epilog="Exit codes: 0 done; 1 the answer is no (a mode differs or failed); 2 a mistake in what was asked for.",
+    epilog="Exit codes: 0 done; 1 the answer is no (a mode differs or failed); 2 a mistake in what was asked for; 85 "
+    "stopped by a signal or the time limit, with a checkpoint to resume from.",
 )
 parity_app = typer.Typer(no_args_is_help=True, help="Hold training paths against the plain PyTorch loop.")
 app.add_typer(parity_app, name="parity")
@@ -106,7 +107,9 @@ def train(
     with users_mistakes():
         argv = _argv(ctx)
         from trainer_ext import finetune
+        from trainer_ext.callbacks.non_finite_guard import NonFiniteError
         from trainer_ext.checkpoints.resume import BadCheckpointError
+        from trainer_ext.checkpoints.write import CheckpointNotSavedError
         from trainer_ext.task import TaskParser, prepare_task
 
         task_arguments, args = TaskParser(prog="trainer-ext train").parse(argv)
@@ -117,7 +120,7 @@ def train(
         trainer = finetune.build_trainer(task, args, metrics="all")
     if trainer.is_world_process_zero():
         finetune.show_class_weights(trainer)
-    with users_mistakes(BadCheckpointError):
+    with users_mistakes((BadCheckpointError, CheckpointNotSavedError, NonFiniteError)):
         metrics = finetune.train(trainer)
     _print_metrics(metrics, output_dir)
 

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from trainer_ext import manual_loop
+from trainer_ext.callbacks.stop_on_signal import EXIT_CODE
 from trainer_ext.checkpoints.manifest import MANIFEST
 from trainer_ext.checkpoints.resume import checkpoints_in, named, newest_good
 from trainer_ext.checkpoints.trainer import SafeCheckpointsMixin, ranks_of
@@ -66,10 +67,16 @@ def train(trainer: Trainer) -> dict[str, Any]:
 
     Returns:
         The metrics of training and evaluation.
+
+    Raises:
+        SystemExit: With code 85, where a signal or the time limit ended the training: a checkpoint is saved, and nothing is
+            evaluated or written as if it had come to its end.
     """
     safe = isinstance(trainer, SafeCheckpointsMixin)
     checkpoint = resume_asked(trainer.args) if safe else checkpoint_to_resume(trainer.args)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if getattr(trainer, "stopped_by", None):
+        raise SystemExit(EXIT_CODE)
     trainer.save_metrics("train", metrics)
     trainer.save_model()
     trainer.save_state()

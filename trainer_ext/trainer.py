@@ -12,6 +12,8 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from trainer_ext.arguments import asks_for_groups, group_options, own_optimizer
+from trainer_ext.callbacks.stop_on_signal import StopOnSignal
+from trainer_ext.callbacks.time_limit import TimeLimit
 from trainer_ext.checkpoints.description import save_description
 from trainer_ext.checkpoints.trainer import SafeCheckpointsMixin
 from trainer_ext.engine import (
@@ -54,6 +56,10 @@ class CustomTrainer(SafeCheckpointsMixin, ExactLossMixin, LeanStepMixin, Trainer
                 "optimizer_cls_and_kwargs=(class, kwargs) instead."
             )
         self._rate, self._group_rates = 0.0, dict[str, float]()  # of the step that is logged next
+        if max_time := getattr(self.args, "max_time", None):
+            self.add_callback(TimeLimit(max_time))
+        self._stop_on_signal = StopOnSignal()
+        self.add_callback(self._stop_on_signal)
         if type(self).create_optimizer_and_scheduler is not CustomTrainer.create_optimizer_and_scheduler:
             self._in_combined_override = False
             self._own_create_optimizer = self.create_optimizer
@@ -69,6 +75,30 @@ class CustomTrainer(SafeCheckpointsMixin, ExactLossMixin, LeanStepMixin, Trainer
         checkpoint_with_dropout_masks(self)
         materialise_new_weights(self)
         shard_blocks_without_embeddings(self)
+
+    @property
+    def stopped_by(self) -> str | None:
+        """What ended the last training before its end, with a checkpoint to go on from: a signal's name, `"STOP"` (the
+        file) or `"max_time"`; None where it came to its end, or something else stopped it."""
+        said = (getattr(callback, "stopped_by", None) for callback in self.callback_handler.callbacks)
+        return next(filter(None, said), None)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock training, which SIGTERM, SIGINT, SIGUSR1 and a file `STOP` end with a checkpoint (`stopped_by`)."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._stop_on_signal.put_back()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock end; but of a run that was stopped, and will go on, no checkpoint is removed and no best one loaded."""
+        best = self.state.best_model_checkpoint
+        if self.stopped_by is not None:
+            self.state.best_model_checkpoint = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.state.best_model_checkpoint = best
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A fresh model from `model_init`, with what `freeze` names frozen."""

@@ -4,8 +4,10 @@
     ema                 train_and_eval (when to swap), shards (what each engine holds), averages_file
     gradual_unfreezing
     group_norms
-    non_finite_guard    micro_batches (what was not finite), gradient_check, drawn_rows (which rows they were)
+    loss_spike_watch
+    non_finite_guard    micro_batches (what was not finite), gradient_check, bad_step (what is said of it), drawn_rows
     run_summary         run_facts, templates/
+    stop_on_signal
     throughput          flops
     time_limit
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from trainer_ext.callbacks.agreement import largest_of_all
 from trainer_ext.engine import plain_name
 
 
@@ -34,18 +33,21 @@ class BadGradient:
         return f"{self.parameter}, {self.count} of {self.elements} elements"
 
 
-def is_bad_anywhere(model: nn.Module, also: Tensor) -> bool:
-    """Whether a gradient, or `also`, is bad on any rank: one pass over the gradient, and one number to wait for.
+def bad_gradients(model: nn.Module) -> Tensor:
+    """Shape (parameters with a gradient,): whether this rank's part of it is not finite; one pass, nobody waits.
 
     Args:
         model: After its backward pass.
-        also: Shape (), whether this rank knows of another reason, on the device that ranks talk over.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
-    norm = torch.nn.utils.get_total_norm([grad for grad in local if grad.numel()])
-    bad = also | ~torch.isfinite(norm).to(also.device)
-    return bool(largest_of_all(bad.int()).item())
+    norms = torch._foreach_norm([grad if grad.numel() else grad.new_zeros(1) for grad in local])
+    return ~torch.stack([norm.float().to(norms[0].device) for norm in norms]).isfinite()
+
+
+def names_of_gradients(model: nn.Module) -> list[str]:
+    """The parameters that `bad_gradients` speaks of, in its order."""
+    return [plain_name(name) for name, parameter in model.named_parameters() if parameter.grad is not None]
 
 
 def first_bad_gradient(model: nn.Module, gradient_of: Callable[[nn.Parameter], Tensor | None]) -> BadGradient | None:

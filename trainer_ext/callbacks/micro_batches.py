@@ -5,10 +5,32 @@ until somebody asks. Nothing is kept of the outputs themselves.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass
+class Flags:
+    """Of one step: by micro-batch, which rows are not finite, each of shape (rows,), on the device."""
+
+    forward: list[tuple[int, Tensor]] = field(default_factory=list)
+    backward: list[tuple[int, Tensor]] = field(default_factory=list)
+    losses: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def were_seen(self) -> bool:
+        """Whether the model returned tensors to watch."""
+        return bool(self.forward or self.losses)
+
+    def not_finite(self) -> dict[int, list[int]]:
+        """The micro-batches (from 0) with rows that are not finite, and these rows (from 0).
+
+        Those of the outputs. Where all of them are finite: the micro-batches whose loss is not, with no rows; or those
+        of the gradient with respect to the outputs, of a loss that is computed outside of the model.
+        """
+        return _rows(self.forward) or {number: [] for number in _rows(self.losses)} or _rows(self.backward)
 
 
 class MicroBatches:
@@ -28,9 +50,7 @@ class MicroBatches:
 
     def begin_step(self) -> None:
         """The next forward pass is of a step's first micro-batch."""
-        self._forward: list[tuple[int, Tensor]] = []
-        self._backward: list[tuple[int, Tensor]] = []
-        self._losses: list[tuple[int, Tensor]] = []
+        self.flags = Flags()
         self._number = 0
         self._queued = False
 
@@ -43,21 +63,11 @@ class MicroBatches:
         """Take the hooks off the model."""
         self._hook.remove()
 
-    def were_seen(self) -> bool:
-        """Whether the model returned tensors to watch in this step."""
-        return bool(self._forward or self._losses)
-
-    def not_finite(self) -> dict[int, list[int]]:
-        """The micro-batches (from 0) of this step with rows that are not finite, and these rows (from 0).
-
-        Those of the outputs. Where all of them are finite: the micro-batches whose loss is not, with no rows; or those
-        of the gradient with respect to the outputs, of a loss that is computed outside of the model.
-        """
-        return _rows(self._forward) or {number: [] for number in _rows(self._losses)} or _rows(self._backward)
-
     def a_loss_is_not_finite(self, device: torch.device) -> Tensor:
         """Shape (): whether a loss that the model computed and the step used is not finite, without a look at it."""
-        return torch.cat([torch.zeros(1, dtype=torch.bool, device=device), *(bad for _, bad in self._losses)]).any()
+        return torch.cat(
+            [torch.zeros(1, dtype=torch.bool, device=device), *(bad for _, bad in self.flags.losses)]
+        ).any()
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
@@ -66,7 +76,7 @@ class MicroBatches:
         if loss is not None:
             loss.register_hook(self._judge(loss.detach()))
         for tensor in others:
-            self._forward.append((self._number, _not_finite(tensor.detach())))
+            self.flags.forward.append((self._number, _not_finite(tensor.detach())))
             tensor.register_hook(self._keep_gradient)
 
     def _judge(self, loss: Tensor) -> Callable[[Tensor], Tensor]:
@@ -74,7 +84,7 @@ class MicroBatches:
 
         def judge(gradient: Tensor) -> Tensor:
             self._backward_begins()
-            self._losses.append((self._number, _not_finite(loss.reshape(1))))
+            self.flags.losses.append((self._number, _not_finite(loss.reshape(1))))
             if self._after_backward is not None:
                 return gradient
             return gradient * torch.where(torch.isfinite(loss), 1.0, torch.nan).to(gradient.dtype)
@@ -83,7 +93,7 @@ class MicroBatches:
 
     def _keep_gradient(self, gradient: Tensor) -> None:
         self._backward_begins()
-        self._backward.append((self._number, _not_finite(gradient)))
+        self.flags.backward.append((self._number, _not_finite(gradient)))
 
     def _backward_begins(self) -> None:
         if not self._queued and self._after_backward is not None:

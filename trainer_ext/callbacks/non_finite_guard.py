@@ -1,22 +1,27 @@
 """`NonFiniteGuard`: a loss or gradient that is NaN or infinite never changes a weight.
 
-Gradients come in at the end of each step's backward pass, and the step is taken, left out, or ends the run, before the
-optimizer sees it. So nothing poisoned is ever saved.
+Gradients come in at the end of each step's backward pass, and whether they are finite is known before the optimizer sees
+them. So nothing poisoned is ever saved. Where the run is to end and the optimizer can leave out a step on the device, it
+leaves out that step and all after it, and the host looks when it logs or saves; else the host decides in each step.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from trainer_ext.callbacks.agreement import of_all_ranks
-from trainer_ext.callbacks.drawn_rows import rows_of_batch
+from trainer_ext.callbacks.agreement import largest_of_all
+from trainer_ext.callbacks.bad_step import NONE, Seen, describe
 from trainer_ext.callbacks.gradient_check import (
     BadGradient,
+    bad_gradients,
     first_bad_gradient,
-    is_bad_anywhere,
+    names_of_gradients,
     watch_zero,
     whole_gradient,
 )
@@ -26,6 +31,7 @@ from trainer_ext.callbacks.stateful import StatefulCallback
 
 logger = logging.get_logger(__name__)
 
+LOOKS = 100  # steps after which the host looks, where nothing is logged
 UNKNOWN = "not known with this optimizer of DeepSpeed's"
 
 
@@ -41,7 +47,9 @@ class NonFiniteGuard(StatefulCallback):
     begins, for callbacks that average weights. Buffers that a forward pass updates, such as the statistics of batch
     norm, have been updated.
 
-    It costs one pass over the gradient and one number that the host waits for, each step.
+    It costs one pass over the gradient each step. With `"raise"`, torch's fused optimizers and whole gradients (one
+    process, DDP) the device decides, by the `found_inf` that `torch.amp.GradScaler` sets too, and the host looks when it
+    logs, evaluates or saves, and every 100 steps; no step after the bad one is applied. Else the host waits for a number.
 
     Args:
         action: `"raise"`, or `"skip"` to leave the step out and go on.
@@ -72,6 +80,12 @@ class NonFiniteGuard(StatefulCallback):
         self.skipped_steps = 0
         self.consecutive = 0
         self._is_bad: bool | None = None  # None: not looked at yet
+        self._found_inf: Tensor | None = None  # shape (), where the device decides
+        self._now: tuple[Tensor, Tensor] | None = (
+            None  # of the step that is on: whether it is bad, and which gradients
+        )
+        self._seen: list[Seen] = []
+        self._names: list[str] = []
         self._first = UNKNOWN
         self._micro_batches: MicroBatches | None = None
         self._undo: list[Callable[[], None]] = []
@@ -87,6 +101,9 @@ class NonFiniteGuard(StatefulCallback):
         _check_it_can_be_guarded(args, zero)
         self._remove_hooks()
         self._began_in = state.epoch // 1 if state.epoch % 1 else None
+        if self.action == "raise" and zero is None and _decides_on_the_device(optimizer.optimizer):
+            self._found_inf = torch.zeros((), device=args.device)
+            self._undo.append(partial(vars(optimizer.optimizer).pop, "found_inf", None))
         if zero is not None:
             self._undo.append(watch_zero(zero, self._found, model))
             self._micro_batches = MicroBatches(model, None)
@@ -103,7 +120,7 @@ class NonFiniteGuard(StatefulCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A new step: nothing is known of it."""
-        self._is_bad, self._first = None, UNKNOWN
+        self._is_bad, self._first, self._now = None, UNKNOWN, None
         _mark_skipped(kwargs["optimizer"], False)
         cast(MicroBatches, self._micro_batches).begin_step()
 
@@ -120,12 +137,16 @@ class NonFiniteGuard(StatefulCallback):
         model, optimizer = cast(nn.Module, kwargs["model"]), kwargs["optimizer"]
         if hasattr(optimizer.optimizer, "overflow"):
             self._is_bad = optimizer.step_was_skipped
-        elif self._is_bad is None:
+        elif self._is_bad is None and self._now is None:
             self._look(model, args)
+        if self._found_inf is not None:
+            self._leave_it_to_the_device(state, optimizer.optimizer)
+            return
         if not self._is_bad:
             self.consecutive = 0
             return
-        message = self._message(args, state, kwargs["train_dataloader"])
+        seen = Seen(state.global_step + 1, state.epoch, cast(MicroBatches, self._micro_batches).flags, self._first)
+        message = describe(args, seen, kwargs["train_dataloader"], self._began_in, in_a_row=self.consecutive + 1)
         if self.action == "raise" or self.consecutive == self.max_consecutive:
             self._remove_hooks()
             raise NonFiniteError(message)
@@ -136,6 +157,16 @@ class NonFiniteGuard(StatefulCallback):
         if not hasattr(optimizer.optimizer, "overflow"):
             _leave_out_next_step(optimizer)
             _mark_skipped(optimizer, True)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look back, where something is about to be logged or kept."""
+        kept = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
+        if self._seen and (kept or len(self._seen) >= LOOKS):
+            self._look_back(args, kwargs["train_dataloader"])
+
+    on_epoch_end = on_step_end
 
     def on_log(
         self,
@@ -157,53 +188,43 @@ class NonFiniteGuard(StatefulCallback):
         self._remove_hooks()
 
     def _look(self, model: nn.Module, args: TrainingArguments) -> None:
+        gradients = bad_gradients(model)
         loss_is_bad = cast(MicroBatches, self._micro_batches).a_loss_is_not_finite(args.device)
-        self._is_bad = is_bad_anywhere(model, loss_is_bad)
+        bad = largest_of_all((gradients.any().to(args.device) | loss_is_bad).int())
+        if self._found_inf is not None:
+            self._now = bad, gradients
+            if len(self._names) != len(gradients):
+                self._names = names_of_gradients(model)
+            return
+        self._is_bad = bool(bad.item())
         if self._is_bad:
             self._found(first_bad_gradient(model, whole_gradient))
 
-    def _found(self, first: BadGradient | None) -> None:
-        self._first = str(first) if first is not None else "none, each element is finite"
+    def _leave_it_to_the_device(self, state: TrainerState, optimizer: Any) -> None:
+        """Have the fused kernel do nothing, from the first bad step on."""
+        bad, gradients = cast(tuple[Tensor, Tensor], self._now)
+        assert self._found_inf is not None
+        self._found_inf = torch.maximum(self._found_inf, bad)
+        optimizer.found_inf = self._found_inf
+        flags = cast(MicroBatches, self._micro_batches).flags
+        self._seen.append(Seen(state.global_step + 1, state.epoch, flags, (self._names, gradients), bad))
 
-    def _message(self, args: TrainingArguments, state: TrainerState, loader: Any) -> str:
-        """What is known of the step on all ranks: a collective."""
-        seen = cast(MicroBatches, self._micro_batches)
-        own = _samples(args, state, loader, seen.not_finite(), self._began_in)
-        where = "; ".join(part for part in of_all_ranks(own) if part)
-        if not where and seen.were_seen():
-            where = "All outputs of the model are finite: it came about in the backward pass"
-        elif not where:
-            where = "The model's outputs hold no tensor that could be watched"
-        done = "Nothing of it was applied: weights and optimizer state are those before it."
-        row = f" It is number {self.consecutive + 1} in a row." if self.consecutive else ""
-        return (
-            f"NonFiniteGuard: the loss or gradient of step {state.global_step + 1} is not finite. {done}{row} "
-            f"First parameter: {self._first or 'none, each element is finite'}. {where}."
-        )
+    def _look_back(self, args: TrainingArguments, loader: Any) -> None:
+        seen, self._seen = self._seen, []
+        bad = torch.stack([one.bad for one in seen]).tolist()
+        if 1 not in bad:
+            return
+        self._remove_hooks()
+        one, since = seen[bad.index(1)], len(bad) - 1 - bad.index(1)
+        raise NonFiniteError(describe(args, one, loader, self._began_in, since=since))
+
+    def _found(self, first: BadGradient | None) -> None:
+        self._first = str(first) if first is not None else NONE
 
     def _remove_hooks(self) -> None:
+        self._found_inf, self._seen = None, []
         while self._undo:
             self._undo.pop()()
-
-
-def _samples(
-    args: TrainingArguments, state: TrainerState, loader: Any, found: dict[int, list[int]], began_in: float | None
-) -> str:
-    """This rank's micro-batches that are not finite, in words; empty if all of them are."""
-    parts = []
-    for number, rows in sorted(found.items()):
-        part = f"micro-batch {number + 1} of {args.gradient_accumulation_steps}"
-        if hasattr(loader, "__len__"):
-            batch = round((state.epoch % 1) * len(loader)) + number
-            drawn = rows_of_batch(loader, int(state.epoch), batch) if state.epoch // 1 != began_in else None
-            part += f" (batch {batch} of epoch {int(state.epoch)}, from 0)"
-            if drawn is not None:
-                chosen = [drawn[row] for row in rows if row < len(drawn)] or drawn
-                part += f", rows {', '.join(map(str, chosen))} of the dataset"
-        if rows:
-            part += f", {', '.join(map(str, rows))} in the batch"
-        parts.append(part)
-    return f"rank {args.process_index}: {'; '.join(parts)}" if parts else ""
 
 
 def _check_it_can_be_guarded(args: TrainingArguments, zero: Any) -> None:
@@ -221,6 +242,14 @@ def _check_it_can_be_guarded(args: TrainingArguments, zero: Any) -> None:
         raise ValueError(
             f"NonFiniteGuard and DataParallel over {args.n_gpu} GPUs in one process: launch one a GPU, with torchrun."
         )
+
+
+def _decides_on_the_device(optimizer: Any) -> bool:
+    """Whether its kernel leaves out a step where `found_inf` is 1: torch's fused ones, over tensors that are whole."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and not any(
+        isinstance(p, DTensor) for p in parameters
+    )
 
 
 def _leave_out_next_step(optimizer: Any) -> None:

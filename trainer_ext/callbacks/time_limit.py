@@ -55,6 +55,11 @@ class TimeLimit(TrainerCallback):
         self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
         self._taken = self._next_look = 0
 
+    @property
+    def stopped_by(self) -> str | None:
+        """`"max_time"` once it has ended the training."""
+        return "max_time" if self.stopped_at is not None else None
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
