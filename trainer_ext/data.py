@@ -25,6 +25,7 @@ READER_OPTIONS: dict[str, dict[str, Any]] = {  # only an empty cell is a missing
     ".csv": {"keep_default_na": False, "na_values": [""]},
     ".tsv": {"keep_default_na": False, "na_values": [""], "delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
+HINTS = "This happened while"  # from here on a reader of `datasets` tells what its own errors are about
 NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0", "No columns to parse")  # what readers say
 SPLITS = ("train", "validation", "test")
 TEXT_COLUMNS = (  # what the common corpora call their texts, in the order in which the model reads them
@@ -148,17 +149,27 @@ def _one_file(folder: Path, split: str) -> Path | None:
 def _read_file(file: Path) -> Dataset:
     suffix = file.suffix.lower()
     if suffix not in READERS:
-        raise ValueError(f"dataset file {str(file)!r}: {suffix or 'no suffix'} is none of {', '.join(READERS)}.")
+        raise ValueError(f"dataset file {str(file)!r}: its name must end in one of {', '.join(READERS)}.")
     options = READER_OPTIONS.get(suffix, {})
     try:
         if file.stat().st_size:
+            if READERS[suffix] == "csv":
+                _check_header(file, options.get("delimiter", ","), options.get("quoting", csv.QUOTE_MINIMAL))
             return load_dataset(READERS[suffix], data_files=str(file), split="train", **options)
     except (DatasetGenerationError, ValueError, OSError, TypeError) as error:
-        cause = str(error.__cause__ or error).strip()
+        cause = str(error.__cause__ or error).partition(HINTS)[0].strip()
         if not any(words in cause for words in NO_ROWS):
             problem = f"cannot be read as {suffix}: {cause.rstrip('.')}"
             raise ValueError(f"dataset file {str(file)!r} {problem}. Mend it, or name it for what it is.") from error
     raise ValueError(f"dataset file {str(file)!r} has no rows.")
+
+
+def _check_header(file: Path, delimiter: str, quoting: int) -> None:
+    """The reader would give the second of two columns of one name another name, and say nothing."""
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        names = next(csv.reader(lines, delimiter=delimiter, quoting=quoting), [])  # type: ignore[arg-type]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"column {twice[0]!r} is there {names.count(twice[0])} times")
 
 
 def _read_hub(dataset: str) -> DatasetDict:

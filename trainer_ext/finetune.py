@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from trainer_ext import manual_loop
+from trainer_ext.checkpoints.durable import write_durably
 from trainer_ext.checkpoints.manifest import MANIFEST
 from trainer_ext.checkpoints.resume import checkpoints_in, named, newest_good
 from trainer_ext.checkpoints.trainer import SafeCheckpointsMixin, ranks_of
@@ -19,6 +20,10 @@ from trainer_ext.metrics.pictures import save_pictures
 from trainer_ext.metrics.table import metric_keys
 from trainer_ext.task import Task
 from trainer_ext.trainer import CustomTrainer
+
+
+class NothingTrainedError(ValueError):
+    """Training ended before its first step: what was asked for does not fit together."""
 
 
 def build_trainer(
@@ -66,10 +71,19 @@ def train(trainer: Trainer) -> dict[str, Any]:
 
     Returns:
         The metrics of training and evaluation.
+
+    Raises:
+        NothingTrainedError: In the words of the error that came before the first step.
+        BadCheckpointError: A checkpoint is not as it was saved.
     """
     safe = isinstance(trainer, SafeCheckpointsMixin)
     checkpoint = resume_asked(trainer.args) if safe else checkpoint_to_resume(trainer.args)
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    try:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    except ValueError as error:
+        if trainer.state.global_step:
+            raise
+        raise NothingTrainedError(str(error)) from error
     trainer.save_metrics("train", metrics)
     trainer.save_model()
     trainer.save_state()
@@ -176,5 +190,5 @@ def train_manually(task: Task, args: TrainingArguments, model: nn.Module) -> dic
     task.tokenizer.save_pretrained(folder)
     evaluation = result.evaluations[-1] if result.evaluations else {}
     metrics = {f"eval_{name}": value for name, value in evaluation.items()}
-    (folder / "eval_results.json").write_text(json.dumps(metrics, indent=4, sort_keys=True))
+    write_durably(folder / "eval_results.json", json.dumps(metrics, indent=4, sort_keys=True))
     return metrics

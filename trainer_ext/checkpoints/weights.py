@@ -116,7 +116,10 @@ def _parts(index: Path) -> list[Path]:
     Raises:
         ValueError: It names others.
     """
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of weights: {type(error).__name__}: {error}.") from error
     for name in names:
         if Path(name).name != name or not (index.parent / name).is_file():
             raise ValueError(f"{index} names {name!r}, which is no file beside it.")
