@@ -161,7 +161,7 @@ def test_an_unread_label_column_is_dropped(write, tokenizer):
         ("t.jsonl", '{"text": "a", "label": 0}\n{oops\n', r"cannot be read as \.jsonl: JSON parse error"),
         ("t.jsonl", "1\n2\n", r"cannot be read as \.jsonl"),
         ("t.parquet", "text,label\na,0\n", r"cannot be read as \.parquet"),
-        ("t.txt", "words", r"\.txt is none of \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
+        ("t.txt", "words", r"must end in one of \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
     ],
 )
 def test_a_file_that_is_not_what_it_says(write, name, content, message):

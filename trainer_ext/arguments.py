@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
@@ -17,6 +18,7 @@ from trainer_ext.optim.rules import parse_rules, rate_findings, read_rules
 from trainer_ext.optim.schedules import NAMES, check_schedule
 
 REDUCTIONS = ("weighted_mean", "mean")
+SEEDS = ("seed", "data_seed")
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
@@ -136,6 +138,8 @@ class CustomTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         settle_on_cpu(self)
+        if findings := self._json_findings():
+            raise ValueError("; ".join(findings))
         own = {
             name: value
             for name, known in (("lr_scheduler_type", SchedulerType), ("optim", OptimizerNames))
@@ -149,6 +153,11 @@ class CustomTrainingArguments(TrainingArguments):
         findings = self._optimizer_findings()
         findings += [
             f"{name}={getattr(self, name)} must be 1 or more" for name in COUNTS if not getattr(self, name) >= 1
+        ]
+        findings += [
+            f"{name}={value} must lie in 0..2**32 - 1"
+            for name in SEEDS
+            if (value := getattr(self, name)) is not None and not 0 <= value < 2**32
         ]
         if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
             findings.append(f"learning_rate={self.learning_rate} must be a finite number, 0 or more")
@@ -203,6 +212,28 @@ class CustomTrainingArguments(TrainingArguments):
         if findings := self._optimizer_findings():
             raise ValueError("; ".join(findings))
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled, as into training_args.bin: everything but tokens."""
+        return {name: None if name.endswith("_token") else value for name, value in vars(self).items()}
+
+    def _json_findings(self) -> list[str]:
+        """What cannot be read among the arguments that are JSON objects, or the paths of files with one."""
+        findings = []
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if not (isinstance(value, str) and (value.startswith("{") or value.endswith(".json"))):
+                continue
+            try:
+                held = json.loads(value if value.startswith("{") else Path(value).read_text())
+            except (OSError, ValueError, RecursionError) as error:
+                findings.append(
+                    f"{name}={value!r} cannot be read as JSON: {getattr(error, 'strerror', None) or error}"
+                )
+            else:
+                if not isinstance(held, dict):
+                    findings.append(f"{name}={value!r} is no JSON object, but {type(held).__name__}")
+        return findings
 
     def _optimizer_findings(self) -> list[str]:
         """What is wrong with the schedule's and the optimizer's names and options, where they are ours."""

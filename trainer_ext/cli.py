@@ -6,14 +6,30 @@ Nothing heavy is imported before a command needs it, so that `--help` answers at
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
+
+
+class Commands(TyperGroup):
+    """The commands; a value that an option does not take is one message, too, with the value."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was typed."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            found: list[Any] = getattr(error.__cause__, "errors", list)()
+            given = f" It is {found[0]['input']!r}." if found else ""
+            end_with(f"{error.format_message().rstrip('.')}.{given}")
+
 
 app = typer.Typer(
     name="trainer-ext",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -22,7 +38,9 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 1 the answer is no (a mode differs or failed); 2 a mistake in what was asked for; 85 "
     "stopped by a signal or the time limit, with a checkpoint to resume from.",
 )
-parity_app = typer.Typer(no_args_is_help=True, help="Hold training paths against the plain PyTorch loop.")
+parity_app = typer.Typer(
+    cls=Commands, no_args_is_help=True, help="Hold training paths against the plain PyTorch loop."
+)
 app.add_typer(parity_app, name="parity")
 
 OTHERS = "Every other field of TrainingArguments is an option too, such as [cyan]--weight-decay 0.01[/]."
@@ -104,24 +122,27 @@ def train(
     seed: Seed = None,
 ) -> None:
     """Fine-tune a text classifier with CustomTrainer, evaluate it, and save it."""
-    with users_mistakes():
-        argv = _argv(ctx)
-        from trainer_ext import finetune
-        from trainer_ext.callbacks.non_finite_guard import NonFiniteError
-        from trainer_ext.checkpoints.resume import BadCheckpointError
-        from trainer_ext.checkpoints.write import CheckpointNotSavedError
-        from trainer_ext.task import TaskParser, prepare_task
+    with ExitStack() as folders:
+        with users_mistakes():
+            argv = _argv(ctx)
+            from trainer_ext import finetune
+            from trainer_ext.callbacks.non_finite_guard import NonFiniteError
+            from trainer_ext.checkpoints.resume import BadCheckpointError
+            from trainer_ext.checkpoints.write import CheckpointNotSavedError
+            from trainer_ext.output_folder import output_folder
+            from trainer_ext.task import TaskParser, prepare_task
 
-        task_arguments, args = TaskParser(prog="trainer-ext train").parse(argv)
-        finetune.resume_asked(args)
-        task = prepare_task(task_arguments)
-        finetune.check_best_metric(args, task.label_names)
-        _make_folder(output_dir)
-        trainer = finetune.build_trainer(task, args, metrics="all")
-    if trainer.is_world_process_zero():
-        finetune.show_class_weights(trainer)
-    with users_mistakes((BadCheckpointError, CheckpointNotSavedError, NonFiniteError)):
-        metrics = finetune.train(trainer)
+            task_arguments, args = TaskParser(prog="trainer-ext train").parse(argv)
+            finetune.resume_asked(args)
+            task = prepare_task(task_arguments)
+            finetune.check_best_metric(args, task.label_names)
+            folders.enter_context(output_folder(output_dir))
+            trainer = finetune.build_trainer(task, args, metrics="all")
+        if trainer.is_world_process_zero():
+            finetune.show_class_weights(trainer)
+        ended = (BadCheckpointError, CheckpointNotSavedError, NonFiniteError, finetune.NothingTrainedError)
+        with users_mistakes(ended):
+            metrics = finetune.train(trainer)
     _print_metrics(metrics, output_dir)
 
 
@@ -144,6 +165,7 @@ def manual(
         argv = _argv(ctx)
         from trainer_ext import finetune
         from trainer_ext.loop_settings import loop_settings
+        from trainer_ext.output_folder import make_folder
         from trainer_ext.task import TaskParser, prepare_task
 
         task_arguments, args = TaskParser(prog="trainer-ext manual").parse(argv)
@@ -151,7 +173,7 @@ def manual(
         task = prepare_task(task_arguments)
         task.class_weights(args.class_weights)
         fresh = task.new_model(args.seed)
-        _make_folder(output_dir)
+        make_folder(output_dir)
     _print_metrics(finetune.train_manually(task, args, fresh), output_dir)
 
 
@@ -201,11 +223,12 @@ def parity_run(
     """Train the same thing by the manual loop and by CustomTrainer in every mode, and name the first difference."""
     with users_mistakes():
         argv = _argv(ctx, without=("modes", "processes", "include_stock", "whole_batch", "dtype", "calibration"))
+        from trainer_ext.output_folder import make_folder
         from trainer_ext.parity import runs
 
         asked = runs.Asked(modes, processes, include_stock, whole_batch, dtype, calibration)
         plan = runs.plan(asked, argv, output_dir)
-        _make_folder(output_dir)
+        make_folder(output_dir, whole=True)
     if not runs.run(plan, output_dir, command=["trainer-ext", *sys.argv[1:]]):
         raise typer.Exit(1)
 
@@ -230,12 +253,13 @@ def parity_calibrate(
     """
     with users_mistakes():
         argv = _argv(ctx, without=("dtype",))
+        from trainer_ext.output_folder import make_folder
         from trainer_ext.parity import runs
 
         plan = runs.plan(runs.Asked("single", whole_batch=True, dtype=dtype), argv, output_dir)
         if len(plan.matrices) > 1:
             raise ValueError(f"--dtype {dtype}: noise is measured in one, float32 or float64.")
-        _make_folder(output_dir)
+        make_folder(output_dir, whole=True)
     runs.calibrate(plan, output_dir)
 
 
@@ -283,11 +307,11 @@ def parity_compare(
 ) -> None:
     """Compare two records, and name the first difference and its likely cause. Exit code 1 where they differ."""
     with users_mistakes():
+        from trainer_ext.output_folder import output_folder
         from trainer_ext.parity import runs
 
-        if output_dir is not None:
-            _make_folder(output_dir)
-        equal = runs.compare_records(a, b, tolerance, output_dir, command=["trainer-ext", *sys.argv[1:]])
+        with output_folder(output_dir) if output_dir is not None else nullcontext():
+            equal = runs.compare_records(a, b, tolerance, output_dir, command=["trainer-ext", *sys.argv[1:]])
     if not equal:
         raise typer.Exit(1)
 
@@ -310,7 +334,7 @@ def rehearse(
     ] = False,
     log: Annotated[Path | None, typer.Option("--log", help="Keep what the processes print.")] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Write the verdict as JSON here too.")] = None,
-    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for each of the two runs.")] = 1800,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for each of the two runs.", min=1)] = 1800,
 ) -> None:
     """Run a GPU launch on CPU processes with the real engine, and verify what really ran.
 
@@ -492,8 +516,15 @@ def users_mistakes(
     try:
         yield
     except kinds as error:
-        typer.echo(f"trainer-ext: error: {error}", err=True)
-        raise typer.Exit(2) from None
+        end_with(str(error))
+
+
+def end_with(message: str) -> NoReturn:
+    """Say what is wrong, on one line and without what a terminal would act on, and end with exit code 2."""
+    from trainer_ext.plain_text import masked, printable
+
+    typer.echo(f"trainer-ext: error: {printable(masked(' '.join(message.split())))}", err=True)
+    raise typer.Exit(2) from None
 
 
 def _argv(ctx: typer.Context, without: tuple[str, ...] = ()) -> list[str]:
@@ -514,12 +545,6 @@ def _argv(ctx: typer.Context, without: tuple[str, ...] = ()) -> list[str]:
             continue
         words += [f"--{field}", str(value)]
     return words + ctx.args
-
-
-def _make_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output-dir {folder} is a file; name a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _print_metrics(metrics: dict[str, Any], folder: Path) -> None:

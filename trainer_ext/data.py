@@ -4,9 +4,14 @@ Three sources behind one call: a dataset of the hub, local files, and the built-
 rows come out as one or two text columns and an integer label, and a problem is an error before any training.
 """
 
+import codecs
 import csv
+import json
 import logging
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,8 @@ READER_OPTIONS: dict[str, dict[str, Any]] = {  # only an empty cell is a missing
     ".csv": {"keep_default_na": False, "na_values": [""]},
     ".tsv": {"keep_default_na": False, "na_values": [""], "delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
+NULL_ROW = re.compile(rb"(^|[}\]]|\xef\xbb\xbf)\s*null\b")
+HINTS = "This happened while"  # from here on a reader of `datasets` tells what its own errors are about
 NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0", "No columns to parse")  # what readers say
 SPLITS = ("train", "validation", "test")
 TEXT_COLUMNS = (  # what the common corpora call their texts, in the order in which the model reads them
@@ -148,17 +155,52 @@ def _one_file(folder: Path, split: str) -> Path | None:
 def _read_file(file: Path) -> Dataset:
     suffix = file.suffix.lower()
     if suffix not in READERS:
-        raise ValueError(f"dataset file {str(file)!r}: {suffix or 'no suffix'} is none of {', '.join(READERS)}.")
+        raise ValueError(f"dataset file {str(file)!r}: its name must end in one of {', '.join(READERS)}.")
     options = READER_OPTIONS.get(suffix, {})
     try:
         if file.stat().st_size:
+            if READERS[suffix] == "json":
+                _refuse_null_rows(file)
+            if READERS[suffix] == "csv":
+                _check_header(file, options.get("delimiter", ","), options.get("quoting", csv.QUOTE_MINIMAL))
             return load_dataset(READERS[suffix], data_files=str(file), split="train", **options)
-    except (DatasetGenerationError, ValueError, OSError, TypeError) as error:
-        cause = str(error.__cause__ or error).strip()
+    except (DatasetGenerationError, ValueError, OSError, TypeError, RecursionError) as error:
+        cause = str(error.__cause__ or error).partition(HINTS)[0].strip()
         if not any(words in cause for words in NO_ROWS):
             problem = f"cannot be read as {suffix}: {cause.rstrip('.')}"
             raise ValueError(f"dataset file {str(file)!r} {problem}. Mend it, or name it for what it is.") from error
     raise ValueError(f"dataset file {str(file)!r} has no rows.")
+
+
+def _refuse_null_rows(file: Path) -> None:
+    """A row that is null ends the whole process inside of pyarrow, with a segmentation fault."""
+    with file.open("rb") as lines:
+        first = next(lines, b"")
+        if first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            whole = first + lines.read()
+            if b"null" in whole and None in json.loads(whole):
+                raise ValueError("a row of it is null")
+            return
+        for number, line in enumerate(chain([first], lines), 1):
+            if NULL_ROW.search(line) and None in _values(line.decode("utf-8-sig")):
+                raise ValueError(f"line {number} is null, and no row")
+
+
+def _values(line: str) -> Iterator[Any]:
+    """The JSON values that stand on a line, behind one another."""
+    decoder, at = json.JSONDecoder(), 0
+    while line[at:].strip():
+        at += len(line[at:]) - len(line[at:].lstrip())
+        value, at = decoder.raw_decode(line, at)
+        yield value
+
+
+def _check_header(file: Path, delimiter: str, quoting: int) -> None:
+    """The reader would give the second of two columns of one name another name, and say nothing."""
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        names = next(csv.reader(lines, delimiter=delimiter, quoting=quoting), [])  # type: ignore[arg-type]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"column {twice[0]!r} is there {names.count(twice[0])} times")
 
 
 def _read_hub(dataset: str) -> DatasetDict:

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from trainer_ext import manual_loop
 from trainer_ext.callbacks.stop_on_signal import EXIT_CODE
+from trainer_ext.checkpoints.durable import write_durably
 from trainer_ext.checkpoints.manifest import MANIFEST
 from trainer_ext.checkpoints.resume import checkpoints_in, named, newest_good
 from trainer_ext.checkpoints.trainer import SafeCheckpointsMixin, ranks_of
@@ -20,6 +21,10 @@ from trainer_ext.metrics.pictures import save_pictures
 from trainer_ext.metrics.table import metric_keys
 from trainer_ext.task import Task
 from trainer_ext.trainer import CustomTrainer
+
+
+class NothingTrainedError(ValueError):
+    """Training ended before its first step: what was asked for does not fit together."""
 
 
 def build_trainer(
@@ -71,10 +76,17 @@ def train(trainer: Trainer) -> dict[str, Any]:
     Raises:
         SystemExit: With code 85, where a signal or the time limit ended the training: a checkpoint is saved, and nothing is
             evaluated or written as if it had come to its end.
+        NothingTrainedError: In the words of the error that came before the first step.
+        BadCheckpointError: A checkpoint is not as it was saved.
     """
     safe = isinstance(trainer, SafeCheckpointsMixin)
     checkpoint = resume_asked(trainer.args) if safe else checkpoint_to_resume(trainer.args)
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    try:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    except ValueError as error:
+        if trainer.state.global_step:
+            raise
+        raise NothingTrainedError(str(error)) from error
     if getattr(trainer, "stopped_by", None):
         raise SystemExit(EXIT_CODE)
     trainer.save_metrics("train", metrics)
@@ -183,5 +195,5 @@ def train_manually(task: Task, args: TrainingArguments, model: nn.Module) -> dic
     task.tokenizer.save_pretrained(folder)
     evaluation = result.evaluations[-1] if result.evaluations else {}
     metrics = {f"eval_{name}": value for name, value in evaluation.items()}
-    (folder / "eval_results.json").write_text(json.dumps(metrics, indent=4, sort_keys=True))
+    write_durably(folder / "eval_results.json", json.dumps(metrics, indent=4, sort_keys=True))
     return metrics

@@ -33,13 +33,13 @@ def weightless_model(model: str, model_class: str | None = None) -> nn.Module:
     path = Path(model).expanduser()
     source = str(path) if path.is_file() and path.suffix == ".json" else checkpoint_folder(model)
     try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"model {model!r} has no configuration that can be read: {error}") from error
     name = model_class or next(iter(config.architectures or []), "AutoModel")
     cls: Any = getattr(transformers, name, None)
-    if cls is None:
-        raise ValueError(f"{name!r} is no class of transformers; name one such as AutoModelForSequenceClassification.")
+    if not (hasattr(cls, "from_config") or hasattr(cls, "_from_config")):
+        raise ValueError(f"{name!r} is no model of transformers; name one such as AutoModelForSequenceClassification.")
     make = cls.from_config if hasattr(cls, "from_config") else cls._from_config
     try:
         with torch.device("meta"):

@@ -13,10 +13,11 @@ def imported(path: str, option: str) -> Any:
     """The object at `path`, `module:name` or `module.name`; `option` is what the error calls it.
 
     Raises:
-        ValueError: There is no such module or name.
+        ValueError: There is no such module or name, or it fails while it is imported.
     """
     module_name, _, name = path.replace(":", ".").rpartition(".")
     try:
         return getattr(import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{option} {path!r}: cannot import it ({error})") from error
+    except Exception as error:  # a module may raise anything while it is imported
+        problem = f"cannot import it ({type(error).__name__}: {error})"
+        raise ValueError(f"{option} {path!r}: {problem}. Write module:name.") from error

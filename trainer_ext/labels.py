@@ -61,7 +61,9 @@ def column_labels(dataset: Dataset, name: str) -> Tensor:
     if pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
         column = column.cast(pa.int64())
     elif not pa.types.is_floating(column.type):
-        raise ValueError(f"the label column {name!r} holds {dataset.features[name]}, and a label is a number.")
+        raise ValueError(
+            f"the label column {name!r} holds {dataset.features[name]}; labels are whole numbers or texts, all of one kind."
+        )
     if column.null_count:
         raise ValueError(f"the dataset has a row with a missing value in its label column {name!r}.")
     return torch.from_numpy(column.to_numpy().copy())
@@ -130,7 +132,8 @@ def _integer_classes(splits: DatasetDict, column: str) -> list[str]:
         kind = splits[split].features[column]
         if values.is_floating_point() or not isinstance(kind, Value | ClassLabel):
             raise ValueError(
-                f"the labels in {column!r} of its {split} split are {kind}; a class is an integer or text."
+                f"the labels in {column!r} of its {split} split are {kind}; a class is an integer or text. Write "
+                "0, 1, .. or names."
             )
     classes = sorted(set(labels["train"].tolist()))
     if isinstance(feature, ClassLabel):
@@ -139,6 +142,8 @@ def _integer_classes(splits: DatasetDict, column: str) -> list[str]:
         names = ["False", "True"]
     else:
         names = [str(value) for value in range(len(classes))]
+    if len(classes) == 1:
+        raise ValueError(f"every label of its train split is {classes[0]}: there is nothing to classify.")
     for split, values in labels.items():
         outside = ((values < 0) | (values >= len(names))).nonzero()
         if len(outside):

@@ -49,7 +49,11 @@ def check_same_loss(folder: str, loss: ConfiguredLoss | None) -> None:
     path = Path(folder) / FILE
     if not path.is_file():
         return
-    saved, now = json.loads(path.read_text()), description(loss)
+    try:
+        saved: dict[str, Any] = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not what was saved there: go on from another checkpoint.") from error
+    now = description(loss)
     names = sorted((saved.keys() | now.keys()) - {COUNTED})
     gaps = [f"{k}: {saved.get(k)}, now {now.get(k)}" for k in names if not _same(saved.get(k), now.get(k))]
     if gaps:

@@ -6,6 +6,7 @@ its weights are random. Everything after that is `from_pretrained`.
 
 import hashlib
 import os
+import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,17 @@ def load_model(
 def _loaded(auto: Any, model: str, **options: Any) -> Any:
     folder = checkpoint_folder(model)
     try:
-        return auto.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        return auto.from_pretrained(folder, trust_remote_code=False, **options)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"model {model!r}: its weights are a pickle that does more than hold tensors. Take one with model.safetensors."
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model {model!r} comes with code of its own, which is not run. Load it in a script of yours, and give the "
+                "model to CustomTrainer."
+            ) from error
         origin = "" if Path(folder).is_dir() else "is no local folder and "
         raise ValueError(f"model {model!r} {origin}cannot be loaded as {auto.__name__}: {error}") from error
 

@@ -17,6 +17,7 @@ from trainer_ext.data import default_dataset, load_splits, tokenize
 from trainer_ext.labels import read_labels
 from trainer_ext.losses import class_weights
 from trainer_ext.models import TINY, TINY_TRAINING, default_model, load_model, load_tokenizer
+from trainer_ext.plain_text import masked, printable
 
 
 @dataclass
@@ -155,7 +156,7 @@ class TaskParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line, without the list of every training argument."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {printable(masked(message))}\n")
 
     def _nearest(self, option: str) -> str:
         near = difflib.get_close_matches(option.split("=")[0], self._option_string_actions, n=1)

@@ -93,13 +93,15 @@ def write_summary(run: RunFacts, folder: Path) -> None:
     """Write the page; and the card, where there is none of someone else's."""
     from huggingface_hub import ModelCard
 
+    from trainer_ext.checkpoints.durable import write_durably
+
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / PAGE).write_text(rendered(run, "run_summary.html"), encoding="utf-8")
+    write_durably(folder / PAGE, rendered(run, "run_summary.html"))
     card = folder / CARD
     if card.exists() and MARKER not in card.read_text(encoding="utf-8", errors="replace"):
         logger.warning(f"{card} was not written by RunSummary and is left as it is; the run is in {folder / PAGE}.")
         return
-    ModelCard(f"---\n{metadata(run).to_yaml()}\n---\n\n{rendered(run, 'model_card.md')}").save(card)
+    write_durably(card, str(ModelCard(f"---\n{metadata(run).to_yaml()}\n---\n\n{rendered(run, 'model_card.md')}")))
 
 
 def rendered(run: RunFacts, template: str) -> str:

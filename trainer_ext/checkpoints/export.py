@@ -7,6 +7,7 @@ Written beside the folder, shard by shard, loaded and compared there, and only t
 
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,7 @@ def export(
         RuntimeError: What was written does not load as it should; nothing is left of it.
     """
     _check_out(out, checkpoint)
+    shard_size = _bytes(max_shard_size)
     for note in named(checkpoint).notes():
         logger.warning(note)
     files = _describing(described_by or checkpoint, checkpoint)
@@ -89,7 +91,7 @@ def export(
         for path in files:
             shutil.copyfile(path, staging / path.name)
         _write_config(staging / CONFIG, weights)
-        _write_weights(staging, weights, max_shard_size)
+        _write_weights(staging, weights, shard_size)
         _verify(staging, weights)
         digests = {path.name: file_digest(path) for path in sorted(staging.iterdir())}
         said = {"checkpoint": str(checkpoint), "format": source, "averages": averages, "files": digests}
@@ -147,10 +149,18 @@ def _write_config(path: Path, weights: Weights) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _write_weights(folder: Path, weights: Weights, max_shard_size: str) -> None:
+def _bytes(size: str) -> int:
+    """The number that stands before KB, MB, GB or TB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT])B", size.strip().upper())
+    if found is None or not float(found[1]):
+        raise ValueError(f"max_shard_size={size!r} is no size of a file; write one such as 200MB or 5GB.")
+    return int(float(found[1]) * 1000 ** (1 + "KMGT".index(found[2])))
+
+
+def _write_weights(folder: Path, weights: Weights, shard_size: int) -> None:
     like = {name: torch.empty(stored.shape, dtype=stored.dtype, device="meta") for name, stored in weights.items()}
     split = split_torch_state_dict_into_shards(
-        like, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        like, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_size
     )
     for file, names in split.filename_to_tensors.items():
         save_file({name: _own(weights[name]) for name in names}, folder / file, metadata={"format": "pt"})

@@ -6,6 +6,7 @@ that a pickle names becomes an empty class of its own: nothing is imported and n
 
 import io
 import pickle
+import pickletools
 from typing import Any
 
 MAPPINGS = ("collections.OrderedDict", "collections.Counter")
@@ -72,6 +73,13 @@ class InertUnpickler(pickle.Unpickler):
         return None
 
 
+def _check_memo(data: bytes) -> None:
+    """A pickle may number its values as it likes, and a parser makes room for all numbers up to the highest."""
+    for opcode, number, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and number is not None and number > len(data):
+            raise pickle.UnpicklingError(f"it numbers a value {number:,}, in {len(data):,} bytes")
+
+
 def parse(data: bytes) -> tuple[Any, set[str]]:
     """The object of a pickle, made of inert ones, and the globals that it names.
 
@@ -80,6 +88,7 @@ def parse(data: bytes) -> tuple[Any, set[str]]:
     """
     unpickler = InertUnpickler(data)
     try:
+        _check_memo(data)
         found = unpickler.load()
     except Exception as error:  # hostile bytes end in errors of any kind
         raise ValueError(f"{type(error).__name__}: {error}") from error

@@ -27,6 +27,7 @@ from trainer_ext.checkpoints.resumed import require_trusted_on_all_ranks
 from trainer_ext.checkpoints.run_record import save_record
 from trainer_ext.checkpoints.write import Save, remove_leftovers, rotate
 from trainer_ext.engine import is_deepspeed
+from trainer_ext.output_folder import refuse_links
 
 logger = logging.get_logger(__name__)
 
@@ -53,11 +54,13 @@ class SafeCheckpointsMixin(ElasticResumeMixin, _TrainerBase):
         Raises:
             BadCheckpointError: There are checkpoints, and none is as it was saved; or the one that is named is not; or a
                 pickle in it names what could run commands. Nothing was loaded.
+            ValueError: A link in the output folder leads out of it.
             CheckpointNotSavedError: A checkpoint could not be saved; those before it are as they were.
         """
         ranks = ranks_of(self.args)
         asked, output = resume_from_checkpoint, Path(str(self.args.output_dir))
-        ranks.on_every_node(lambda: remove_leftovers(output))
+        if wrong := ranks.on_every_node(lambda: _tidy(output)):
+            raise ValueError(wrong[0])
         choice: Choice | None = None
         if asked is True:
             choice = newest_good(output, ranks)
@@ -161,6 +164,14 @@ class SafeCheckpointsMixin(ElasticResumeMixin, _TrainerBase):
             self._last_save.seal()
             self._last_save = None
 
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        """The stock method, which pickles the training arguments, without the token among them."""
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.args.hub_token = token
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._save_under_way is None:
             super()._push_from_checkpoint(checkpoint_folder)
@@ -192,6 +203,12 @@ class SafeCheckpointsMixin(ElasticResumeMixin, _TrainerBase):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, StatefulCallback):
                 callback.save_files(folder, self.args, self.state)
+
+
+def _tidy(folder: Path) -> None:
+    """What comes before a run in an output folder: a killed save is cleared away, and links in it are refused."""
+    remove_leftovers(folder)
+    refuse_links(folder)
 
 
 def ranks_of(args: Any, gather: Callable[[Any], list[Any]] = of_all_ranks) -> Ranks:

@@ -114,7 +114,7 @@ def load(path: Path) -> Any:
     with path.open("rb") as file:
         findings = _check_saved(path, file, allowed_in(path))
     if findings:
-        raise UntrustedPickleError(f"{'; '.join(map(str, findings))}.")
+        raise UntrustedPickleError(f"{'; '.join(map(str, findings)).rstrip('.')}.")
     try:
         with _objects(path):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -146,7 +146,7 @@ def _check_saved(path: Path, file: BinaryIO, allowed: Collection[str]) -> list[F
         names = archive.get_all_records()
         data = archive.get_record("data.pkl")
     except (RuntimeError, OSError) as error:  # the reader seeks before the beginning of a short file
-        return [Finding(path, f"{SAVED}: {str(error).splitlines()[0]}")]
+        return [Finding(path, f"{SAVED}: {str(error).splitlines()[0].partition('. ')[0]}")]
     if "constants.pkl" in names:
         return [Finding(path, "is a TorchScript archive, which holds code")]
     return _check_pickle(path, data, allowed)

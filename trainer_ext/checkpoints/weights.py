@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer_ext.callbacks.averages_file import Part
@@ -119,16 +119,22 @@ def _parts(index: Path) -> list[Path]:
     Raises:
         ValueError: It names others.
     """
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of weights: {type(error).__name__}: {error}.") from error
     for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
+        if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
             raise ValueError(f"{index} names {name!r}, which is no file beside it.")
     return [index.with_name(name) for name in names]
 
 
 def _safetensors(path: Path) -> Weights:
-    with safe_open(path, "pt") as file:
-        mapped = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, "pt") as file:
+            mapped = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
     return {name: Stored(tensor.shape, tensor.dtype, partial(_tensor, path, name)) for name, tensor in mapped.items()}
 
 

@@ -136,6 +136,8 @@ def remove_leftovers(run_dir: Path) -> None:
     Several processes may do it at a time.
     """
     staging = run_dir / SAVING
+    if staging.is_symlink():  # whoever put it there: what is saved would land elsewhere
+        staging.unlink(missing_ok=True)
     for path in (staging / REPLACED).glob("*"):
         if not os.path.lexists(run_dir / path.name):
             with suppress(FileNotFoundError):

@@ -69,10 +69,12 @@ def draw(path: Path, name: str, multipliers: list[float]) -> None:
     """The multipliers over the steps.
 
     Raises:
-        ValueError: The file's ending is none of a picture.
+        ValueError: The file's ending is none of a picture, or there is no such folder.
     """
     if path.suffix not in FORMATS:
         raise ValueError(f"--plot {path} must end in {', '.join(FORMATS)}.")
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot {path}: there is no folder {path.parent}; make it, or name another.")
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}):
         drawn = Figure(figsize=(8, 3), layout="constrained")
         axes = drawn.subplots()

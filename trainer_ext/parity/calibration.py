@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainer_ext.optim.rules import is_number
 from trainer_ext.parity.comparison import compare, weight_share
 from trainer_ext.parity.tolerance import Tolerance
 
@@ -130,6 +131,9 @@ def from_json(document: dict[str, Any]) -> Tolerance:
     """
     try:
         held, multiple = document["tolerance"], document["multiple"]
-        return Tolerance(f"{multiple} x noise", float(held["relative"]), float(held["weights"]))
+        relative, weights = held["relative"], held["weights"]
     except (KeyError, TypeError):
-        raise ValueError("it is not what `trainer-ext parity calibrate` writes.") from None
+        relative = weights = multiple = None
+    if not all(is_number(number) and number >= 0 for number in (relative, weights, multiple)):
+        raise ValueError("it is not what `trainer-ext parity calibrate` writes.")
+    return Tolerance(f"{multiple} x noise", float(relative), float(weights))

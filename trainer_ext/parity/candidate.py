@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainer_ext.parity.trajectory import LINES
+from trainer_ext.plain_text import masked_words
 from trainer_ext.rehearsal.processes import free_port, run_launch, why
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def launch_candidate(
         old.unlink()
     spec = folder / "spec.json"
     about = {
-        "words": words,
+        "words": masked_words(words),
         "folder": str(folder.resolve()),
         "mode": mode.name,
         "stock": stock,

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from trainer_ext.plain_text import masked_words
+
 PACKAGES = ("trainer_ext", "torch", "transformers", "accelerate", "datasets", "tokenizers", "deepspeed")
 
 
@@ -29,11 +31,12 @@ def environment() -> dict[str, Any]:
 
 def code() -> dict[str, Any]:
     """The command, and the revision of the git checkout that it ran in, if any; a `+` behind it: with changes."""
+    command = masked_words(sys.argv)
     try:
         revision, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
-        return {"command": sys.argv, "git": None}
-    return {"command": sys.argv, "git": revision + ("+" if changed else "")}
+        return {"command": command, "git": None}
+    return {"command": command, "git": revision + ("+" if changed else "")}
 
 
 def _git(*words: str) -> str:

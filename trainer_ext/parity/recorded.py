@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from trainer_ext.plain_text import masked_words
 from trainer_ext.rehearsal.launch import parse
 
 RECORDING = "TRAINER_EXT_RECORD"  # the record's folder
@@ -26,6 +27,7 @@ def record(words: list[str], folder: Path, *, resumed: bool = False) -> int:
     from trainer_ext.parity.trajectory import LINES
 
     launch, lines = parse(words), folder / LINES
+    launch.require_script()
     if resumed and not lines.is_file():
         raise ValueError(f"--resumed: {folder} has no {LINES} to go on with.")
     if not resumed and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -44,8 +46,8 @@ def record(words: list[str], folder: Path, *, resumed: bool = False) -> int:
     code = subprocess.run([sys.executable, *module], env=variables).returncode
     if code == 0 and not (lines.is_file() and lines.stat().st_size > before):
         raise ValueError(
-            f"{' '.join(words)} trained nothing that could be recorded: a `Trainer`, or a loop that calls an Accelerator's "
-            "prepare, backward and its optimizer's step."
+            f"{' '.join(masked_words(words))} trained nothing that could be recorded: a `Trainer`, or a loop that calls an "
+            "Accelerator's prepare, backward and its optimizer's step."
         )
     return code
 

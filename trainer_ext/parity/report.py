@@ -13,24 +13,27 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from trainer_ext.checkpoints.durable import write_durably
 from trainer_ext.parity.curves import QUANTITIES, Line, figure
 from trainer_ext.parity.differences import where
 from trainer_ext.parity.environment import environment
 from trainer_ext.parity.matrix import Row, as_json
 from trainer_ext.parity.trajectory import Step, Trajectory
+from trainer_ext.plain_text import masked_words
 
 COLUMNS = ("mode", "verdict", "steps", "loss ratio", "gradient ratio", "max Δloss", "max Δweight", "held to")
 
 
 def write(rows: list[Row], folder: Path, *, command: list[str], about: str = "") -> None:
     """Write `parity.json`, `report.html` and `report.md` into `folder`; `about` is a sentence below the verdict."""
+    command = masked_words(command)
     document = {
         "verdict": verdict(rows),
         **as_json(rows),
         "environment": environment(),
         "command": shlex.join(command),
     }
-    (folder / "parity.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    write_durably(folder / "parity.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
     loader = PackageLoader("trainer_ext.parity")
     for name in ("report.html", "report.md"):
         html = name.endswith("html")
@@ -47,7 +50,7 @@ def write(rows: list[Row], folder: Path, *, command: list[str], about: str = "")
             commands=[shlex.join(command), *(again(row) for row in rows if row.folders)],
             document=document,
         )
-        (folder / name).write_text(page)
+        write_durably(folder / name, page)
 
 
 def show(rows: list[Row], folder: Path | None, *, about: str = "", console: Console | None = None) -> None:

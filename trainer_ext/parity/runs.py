@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from trainer_ext.checkpoints.durable import write_durably
 from trainer_ext.parity import calibration, report
 from trainer_ext.parity.causes import diagnose
 from trainer_ext.parity.comparison import compare
@@ -109,7 +110,7 @@ def calibrate(planned: Plan, folder: Path) -> None:
         table.add_row(one.way, *(f"{value:.2g}" for value in (one.loss, one.grad_norm, one.metric, one.weights)))
     document = {**calibration.as_json(found), "dtype": str(matrix.dtype).removeprefix("torch."), "steps": steps}
     path = folder / "calibration.json"
-    path.write_text(json.dumps({**document, "environment": report.environment()}, indent=2) + "\n")
+    write_durably(path, json.dumps({**document, "environment": report.environment()}, indent=2) + "\n")
     held = calibration.tolerance(found)
     console = Console()
     console.print(table)
@@ -168,5 +169,5 @@ def _calibrated(path: Path) -> Tolerance:
         return calibration.from_json(json.loads(path.read_text()))
     except OSError as error:
         raise ValueError(f"calibration {path}: {error.strerror}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"calibration {path}: {error}") from None

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -135,12 +136,15 @@ class Trajectory:
         """
         folder = Path(folder)
         try:
-            lines = (folder / LINES).read_text().splitlines()
+            lines = (folder / LINES).read_text(errors="replace").splitlines()
         except OSError:
             raise ValueError(f"{folder} has no {LINES}: it is not a record of `trainer-ext parity`.") from None
         found = cls.of(_parsed(lines), str(folder))
         if (folder / WEIGHTS).is_file() and found.finished:
-            found.tensors = load_file(folder / WEIGHTS)
+            try:
+                found.tensors = load_file(folder / WEIGHTS)
+            except SafetensorError as error:
+                raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}. Record the run again.") from error
         return found
 
     @classmethod
@@ -148,17 +152,21 @@ class Trajectory:
         """What the lines of a record tell.
 
         Raises:
-            ValueError: They are of another schema, or do not begin with a header.
+            ValueError: They are of another schema, do not begin with a header, or are not what a recorder writes.
         """
         lines = iter(lines)
         header = next(lines, {})
-        if header.get("schema") != SCHEMA:
+        schema = header.get("schema") if isinstance(header, dict) else None
+        if schema != SCHEMA:
+            raise ValueError(f"{origin}: its schema is {schema}; this version reads {SCHEMA}. Record the run again.")
+        try:
+            found = cls(header["path"], header=header, finished=False)
+            for line in lines:
+                _READERS[line.pop("kind")](found, line)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"{origin}: its schema is {header.get('schema')}; this version reads {SCHEMA}. Record the run again."
-            )
-        found = cls(header["path"], header=header, finished=False)
-        for line in lines:
-            _READERS[line.pop("kind")](found, line)
+                f"{origin}: a line is not what a recorder writes ({type(error).__name__}: {error}). Record the run again."
+            ) from error
         return found
 
 
@@ -209,7 +217,7 @@ def _parsed(lines: list[str]) -> Iterable[dict[str, Any]]:
     for line in lines:
         try:
             yield json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             continue
 
 

@@ -16,8 +16,11 @@ VERDICT = "rehearsal.json"
 def exported_earlier(folder: Path) -> list[Path]:
     """The files in `folder` that are there as an earlier rehearsal exported them."""
     verdict = folder / VERDICT
-    said = (json.loads(verdict.read_text())["exported"] if verdict.is_file() else None) or {"files": {}}
-    there = {folder / name: sha for name, sha in said["files"].items() if (folder / name).is_file()}
+    try:
+        said = dict(json.loads(verdict.read_text())["exported"]["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    there = {folder / name: sha for name, sha in said.items() if Path(name).name == name and (folder / name).is_file()}
     return [path for path, sha in there.items() if file_digest(path) == sha]
 
 

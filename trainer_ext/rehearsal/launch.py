@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 PROCESS = "trainer_ext.rehearsal.process"
 # The words by which a launcher is called, and the module that it is.
 LAUNCHERS = {
@@ -24,6 +26,7 @@ LAUNCHERS = {
     ("accelerate-launch",): "accelerate.commands.launch",
     ("torchrun",): "torch.distributed.run",
 }
+STAGES = (0, 1, 2, 3)
 # The parts of the state that DeepSpeed can move, and the keys that say where.
 OFFLOADED = {"optimizer": "offload_optimizer", "parameters": "offload_param"}
 
@@ -70,6 +73,15 @@ class Launch:
     processes: int = 1
     cpu: bool = False
     finds_gpus: bool = False
+
+    def require_script(self) -> None:
+        """Raise where the script is not there: launchers say so after half a minute, and several times.
+
+        Raises:
+            ValueError: With its path.
+        """
+        if self.script[0] != "-m" and not Path(self.script[0]).exists():
+            raise ValueError(f"there is no script {self.script[0]!r} in {Path.cwd()}.")
 
     def on_this_host(
         self, processes: int, port: int, *, keep_hosts: bool = False, rehearsing: bool = True
@@ -177,6 +189,9 @@ def _parsed(launcher: str, words: list[str]) -> tuple[Any, list[str]]:
     except SystemExit:
         complaint = said.getvalue().strip().rpartition("error: ")[2]
         raise ValueError(f"{launcher} does not take {' '.join(words)!r}: {complaint}") from None
+    except (yaml.YAMLError, TypeError, AttributeError, KeyError, RecursionError) as error:  # of a config file
+        reason = "it holds no settings by name" if isinstance(error, TypeError | AttributeError) else error
+        raise ValueError(f"{launcher} cannot read the config of {' '.join(words)!r}: {reason}.") from error
 
 
 def _read(launcher: str, words: list[str]) -> tuple[Any, list[str]]:
@@ -243,11 +258,16 @@ def asked_by_config(config: str | dict[str, Any]) -> Asked:
         held = json.loads(text) if isinstance(config, str) else config
         zero = held.get("zero_optimization", {})
         devices = {part: (zero.get(key) or {}).get("device") for part, key in OFFLOADED.items()}
-        return Asked("deepspeed", zero.get("stage", 0), _moved(devices))
-    except (OSError, json.JSONDecodeError) as error:
+        stage = zero.get("stage", 0)
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"DeepSpeed config {config}: {error}") from None
     except AttributeError:
         raise ValueError(f"DeepSpeed config {config}: it, or its zero_optimization, is no JSON object.") from None
+    if stage not in STAGES:
+        raise ValueError(
+            f"DeepSpeed config {config}: zero_optimization.stage is {stage!r}; choose one of {', '.join(map(str, STAGES))}."
+        )
+    return Asked("deepspeed", stage, _moved(devices))
 
 
 def completed(asked: Asked, record: dict[str, Any]) -> Asked:

@@ -12,6 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
+from trainer_ext.checkpoints.durable import write_durably
+from trainer_ext.plain_text import masked, masked_words
 from trainer_ext.rehearsal.exported import VERDICT, compare_export, exported_earlier
 from trainer_ext.rehearsal.launch import Launch, completed, parse
 from trainer_ext.rehearsal.processes import free_port, run_launch, why
@@ -56,9 +58,9 @@ class Rehearsal:
         first = self.ranks[0] if self.ranks else {}
         packages = ("torch", "transformers", "accelerate", "deepspeed")
         return {
-            "command": self.command,
+            "command": masked_words(self.command),
             "verdict": "passed" if self.passed else "failed",
-            "reason": self.reason,
+            "reason": self.reason and masked(self.reason),
             "checks": [asdict(check) for check in self.checks],
             "processes": self.processes,
             "runs_on": first.get("runs_on"),
@@ -108,6 +110,7 @@ def rehearse(
         raise ValueError(
             "--cpu has `accelerate launch` drop DeepSpeed and FSDP: leave it out; a rehearsal is on the CPU."
         )
+    launch.require_script()
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as scratch:
         processes = launch.processes if keep_hosts else processes
         stage = Stage(launch, processes, keep_hosts, timeout, Path(scratch), log, progress)
@@ -134,7 +137,7 @@ def _rehearse(stage: "Stage", words: list[str], steps: int, resume: bool) -> Reh
         shutil.rmtree(Path(output) / CHECKPOINTS, ignore_errors=True)
         for stale in exported_earlier(Path(output)) if export is None else []:
             stale.unlink()
-        (Path(output) / VERDICT).write_text(json.dumps(found.as_json(), indent=1))
+        write_durably(Path(output) / VERDICT, json.dumps(found.as_json(), indent=1))
     return found
 
 
@@ -200,5 +203,5 @@ class Stage:
             )
         if self.log is not None:
             with self.log.open("a") as file:
-                file.write(f"# {name}: {' '.join(words)}\n{output}\n")
+                file.write(f"# {name}: {' '.join(masked_words(words))}\n{masked(output)}\n")
         return code, output

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from trainer_ext.engine import count_elements, full_parameters, local_elements, runs_on
+from trainer_ext.output_folder import leads_out
 from trainer_ext.parity.digests import digest
 from trainer_ext.rehearsal import on_cpu
 from trainer_ext.rehearsal.exported import exported_earlier
@@ -69,7 +70,8 @@ def cap(args: TrainingArguments, plan: dict[str, Any]) -> None:
 
 
 def claim(folder: Path, records: Path) -> None:
-    """Take `folder` for this rehearsal; end the process where it holds a run that is not a rehearsal's.
+    """Take `folder` for this rehearsal; end the process where it holds a run that is not a rehearsal's, or a link
+    through which something would land elsewhere.
 
     Asked once: later the folder holds what this rehearsal wrote, by this process or by another one.
     """
@@ -79,10 +81,8 @@ def claim(folder: Path, records: Path) -> None:
     own = [*exported_earlier(folder), folder / "training_args.bin"]
     weights = [path for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pt")]
     found = [path.name for path in [*weights, *folder.glob("checkpoint-*")] if path not in own]
-    if found:
-        message = (
-            f"output_dir {folder} holds a run ({', '.join(sorted(found)[:3])}); rehearse into a folder of its own."
-        )
+    message = f"output_dir {folder} holds a run ({', '.join(sorted(found)[:3])}); rehearse into a folder of its own."
+    if found or (message := leads_out(folder, CHECKPOINTS)):
         (records / "mistake.json").write_text(json.dumps(message))
         sys.exit(2)
     claimed.write_text(str(folder))
