@@ -44,6 +44,7 @@ lint: setup ## style and types
 bench: setup ## measured ratios, side by side in one run
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/recording.py
+	$(BIN)/python benchmarks/checkpoints.py
 
 clean: ## remove the environment and everything that the targets wrote
 	rm -rf $(VENV) runs dist .pytest_cache .ruff_cache .mypy_cache
