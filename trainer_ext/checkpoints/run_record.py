@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
+from transformers.trainer_utils import has_length
 
 from trainer_ext.checkpoints.durable import write_durably
 from trainer_ext.engine import base_optimizer, parameter_groups, plain_name, saves_shards
@@ -133,7 +134,7 @@ def _data(trainer: "Trainer", loader: Any, shared: int) -> dict[str, Any]:
     found = {
         "sampler": type(sampler).__name__,
         "seed": getattr(sampler, "initial_seed", getattr(sampler, "seed", None)),
-        "steps an epoch": math.ceil(len(loader) / accumulation) if hasattr(loader, "__len__") else None,
+        "steps an epoch": math.ceil(len(loader) / accumulation) if has_length(loader) else None,
     }
     if hasattr(sampler, "max_tokens"):
         return found | {"micro-batches a step": ranks * accumulation, "tokens a micro-batch": sampler.max_tokens}
