@@ -13,6 +13,7 @@ from trainer_ext.checkpoints import elastic
 from trainer_ext.checkpoints.into_engine import put_weights
 from trainer_ext.checkpoints.manifest import verify
 from trainer_ext.checkpoints.run_record import RunRecord, require_same_data
+from trainer_ext.checkpoints.trusted import load
 from trainer_ext.checkpoints.weights import Stored
 
 TOLERANCE = 1e-6  # of a loss, relative: ranks add up in another order
@@ -160,6 +161,14 @@ def test_the_best_checkpoint_of_another_engine_gives_its_weights(last, tmp_path)
     live = trainer.model.state_dict()
     assert live
     assert all(torch.equal(tensor, saved[f"weight {name}"]) for name, tensor in live.items())
+
+
+def test_one_process_takes_up_the_random_state_of_the_first_of_two(last, tmp_path):
+    trainer = make("plain", tmp_path, 1)
+    saved = load(last / "rng_state_0.pth")["cpu"]
+    assert not torch.equal(torch.get_rng_state(), saved)
+    trainer._load_rng_state(str(last))
+    assert torch.equal(torch.get_rng_state(), saved)
 
 
 def test_tied_weights_are_stored_once():

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.trainer_utils import has_length
 
 from trainer_ext.checkpoints.durable import write_durably
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FILE = "saved_on.json"
 UNNAMED = "a flat part of several"  # in the place of a name, where an engine hides what its optimizer holds
+KEPT = (bool, int, float, str, tuple, Tensor, type(None))  # what an optimizer's options are made of
 PLAIN = ("one process", "DDP")  # their files are the same
 
 
@@ -88,7 +89,10 @@ def record_of(trainer: "Trainer", loader: Any) -> RunRecord:
     names = {parameter: plain_name(name) for name, parameter in cast(nn.Module, trainer.model).named_parameters()}
     parameters = parameter_groups(trainer)
     groups = [
-        {**group, "params": [names.get(parameter, UNNAMED) for parameter in own]}
+        {
+            **{name: value for name, value in group.items() if isinstance(value, KEPT)},
+            "params": [names.get(parameter, UNNAMED) for parameter in own],
+        }
         for group, own in zip(base.param_groups, parameters, strict=True)
     ]
     schedule: Any = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
