@@ -12,8 +12,10 @@ from transformers import TrainerCallback, default_data_collator
 from tests.callbacks.processes import DEEPSPEED, FSDP2, settle_on_cpu, zero
 from tests.conftest import rows, tiny_model
 from trainer_ext import CustomTrainer, CustomTrainingArguments
+from trainer_ext.drawn_orders import ClassBalancedOrder, WeightedOrder
 from trainer_ext.engine import REHEARSING, base_optimizer, full_parameters, runs_on
 from trainer_ext.repeated_rows import UncountedBatch
+from trainer_ext.token_budget import TokenBudgetBatches
 
 ROWS, STEP, STEPS = 22, 8, 9  # three steps an epoch, the last of six rows
 LABELS = 3  # a bias that two ranks cannot share evenly
@@ -25,6 +27,11 @@ ENGINES = {  # what each asks for: environment, DeepSpeed config
     "zero1": (DEEPSPEED, zero(1)),
     "zero2": (DEEPSPEED, zero(2)),
     "zero3": (DEEPSPEED, zero(3)),
+}
+ORDERS = {
+    "class-balanced": lambda data: ClassBalancedOrder(data["labels"], seed=3),
+    "weighted": lambda data: WeightedOrder([1 + row % 3 for row in range(len(data))], seed=3),
+    "token budget": lambda data: TokenBudgetBatches([8] * len(data), 32, seed=3),
 }
 
 
@@ -69,7 +76,7 @@ def begin(engine):
     GradientState._reset_state()
 
 
-def make(engine, out, until, *, micro=None, model=None, **options):
+def make(engine, out, until, *, micro=None, model=None, order=None, **options):
     """A trainer whose steps have as many rows on any number of processes."""
     begin(engine)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -80,12 +87,14 @@ def make(engine, out, until, *, micro=None, model=None, **options):
         "per_device_train_batch_size": micro, "gradient_accumulation_steps": STEP // ranks // micro,
         "freeze": ["bert.embeddings.position_embeddings.*"], "dataloader_pin_memory": False, **options,
     })  # fmt: skip
+    data = rows(ROWS, num_labels=LABELS)
     return Watched(
         until,
         model=model or tiny_model(num_labels=LABELS, dropout=0.0, attn_implementation="eager"),
         args=args,
-        train_dataset=rows(ROWS, num_labels=LABELS),
+        train_dataset=data,
         data_collator=default_data_collator,
+        train_sampler=ORDERS[order](data) if order else None,
     )
 
 
@@ -100,7 +109,7 @@ def leg(engine, out, until, resume=None, **options):
 def legs(plans):
     """Several one after the other, as a rank."""
     settle_on_cpu(deepspeed=True)
-    return [leg(engine, out, until, resume) for engine, out, until, resume in plans]
+    return [leg(engine, out, until, resume, **options) for engine, out, until, resume, options in plans]
 
 
 def keep_state(trainer, path):
@@ -108,6 +117,7 @@ def keep_state(trainer, path):
     found = {f"weight {name}": whole for name, whole in full_parameters(trainer.model)}
     own = getattr(trainer.optimizer, "optimizer", None)
     if hasattr(own, "_lazy_init_hp_params_optimizer_state"):
+        own._hp_optimizer_states_linked = False  # DeepSpeed links after the first group's step, the others in vain
         own._lazy_init_hp_params_optimizer_state()
     state = base_optimizer(trainer.optimizer).state
     steps = {float(kept["step"]) for kept in state.values()}

@@ -4,13 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.callbacks.processes import run_ranks
 from tests.checkpoints.elastic_run import ENGINES, LABELS, STEPS, differing, leg, legs, make, seen_by_all
 from tests.conftest import tiny_model
 from trainer_ext.checkpoints import elastic
+from trainer_ext.checkpoints.into_engine import put_weights
 from trainer_ext.checkpoints.manifest import verify
 from trainer_ext.checkpoints.run_record import RunRecord, require_same_data
+from trainer_ext.checkpoints.trusted import load
+from trainer_ext.checkpoints.weights import Stored
 
 TOLERANCE = 1e-6  # of a loss, relative: ranks add up in another order
 # One process to step 2, then on two ranks: engine, last step.
@@ -32,7 +36,7 @@ def chain(tmp_path_factory):
         plans = []
         for engine, until in launch:
             before, step = (plans[-1][1], plans[-1][2]) if plans else list(found.values())[-1][:2]
-            plans.append((engine, str(out / engine), until, str(Path(before) / f"checkpoint-{step}")))
+            plans.append((engine, str(out / engine), until, str(Path(before) / f"checkpoint-{step}"), {}))
         environment = ENGINES[launch[0][0]][0]
         ranks = run_ranks(legs, 2, plans, environment=environment, timeout=240)
         for number, (engine, until) in enumerate(launch):
@@ -89,6 +93,29 @@ def test_lost_moments_are_seen(chain, whole, last, tmp_path, monkeypatch):
     assert abs(ended["losses"][STEPS] / whole["losses"][STEPS] - 1) > 100 * TOLERANCE
 
 
+ORDERED = {
+    "lengths": {"train_sampling_strategy": "group_by_length"},
+    "class-balanced": {"order": "class-balanced"},
+    "weighted": {"order": "weighted"},
+    "token budget": {"order": "token budget"},
+}
+
+
+def test_two_ranks_take_the_rows_that_one_process_left(tmp_path):
+    wholes, plans = {}, []
+    for name, options in ORDERED.items():
+        wholes[name] = leg("plain", tmp_path / "whole" / name, 4, **options)
+        leg("plain", tmp_path / name, 2, **options)
+        plans.append(
+            ("plain", str(tmp_path / "two" / name), 4, str(tmp_path / name / "checkpoint-2"), options | {"micro": 4})
+        )
+    for whole, ranks in zip(wholes.values(), zip(*run_ranks(legs, 2, plans), strict=True), strict=True):
+        assert [rank["on"]["world_size"] for rank in ranks] == [2, 2]
+        assert all(rank["seen"] for rank in ranks)
+        assert seen_by_all(ranks) == {step: sorted(whole["seen"][step]) for step in (3, 4)}
+        assert sorted(whole["seen"][3]) != sorted(whole["seen"][1])
+
+
 REFUSED = {  # what is other than it was: options of the trainer, of the model; what the error says
     "fewer samples a step": (
         {"gradient_accumulation_steps": 1},
@@ -123,6 +150,41 @@ def test_what_does_not_fit_is_refused(last, tmp_path, case):
     assert trainer.seen == {}
     assert list(tmp_path.iterdir()) == []
     assert verify(last) == []
+
+
+def test_the_best_checkpoint_of_another_engine_gives_its_weights(last, tmp_path):
+    trainer = make("plain", tmp_path, 1)
+    trainer.train()
+    trainer.state.best_model_checkpoint = str(last)
+    trainer._load_best_model()
+    saved = load_file(last.parent / "end.safetensors")
+    live = trainer.model.state_dict()
+    assert live
+    assert all(torch.equal(tensor, saved[f"weight {name}"]) for name, tensor in live.items())
+
+
+def test_one_process_takes_up_the_random_state_of_the_first_of_two(last, tmp_path):
+    trainer = make("plain", tmp_path, 1)
+    saved = load(last / "rng_state_0.pth")["cpu"]
+    assert not torch.equal(torch.get_rng_state(), saved)
+    trainer._load_rng_state(str(last))
+    assert torch.equal(torch.get_rng_state(), saved)
+
+
+def test_tied_weights_are_stored_once():
+    torch.manual_seed(0)
+    saved, live = (Tied() for _ in range(2))
+    weights = {"head.weight": Stored(torch.Size((5, 3)), torch.float32, saved.head.weight.detach)}
+    put_weights(live, torch.optim.SGD(live.parameters()), weights)
+    assert torch.equal(live.embedding.weight, saved.head.weight)
+    assert live.head.weight is live.embedding.weight
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = torch.nn.Embedding(5, 3), torch.nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
 
 
 def test_samples_that_the_ranks_cannot_share():

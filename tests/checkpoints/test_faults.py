@@ -97,7 +97,8 @@ def test_every_fault_in_every_file_is_found(copy):
     newer, older = copy / "checkpoint-4", copy / "checkpoint-2"
     names = files(newer)
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "loss.json",
-            "config.json", "training_args.bin", "ema.safetensors", "manifest.json"} == set(map(str, names))  # fmt: skip
+            "config.json", "training_args.bin", "ema.safetensors", "saved_on.json",
+            "manifest.json"} == set(map(str, names))  # fmt: skip
     tried = found = 0
     for name in names:
         content = (newer / name).read_bytes()
@@ -116,7 +117,7 @@ def test_every_fault_in_every_file_is_found(copy):
                 resume.named(newer)
             (newer / name).write_bytes(content)
             assert resume.newest_good(copy) == resume.Choice(newer)
-    assert (tried, found) == (10 * 5 - 3,) * 2
+    assert (tried, found) == (11 * 5 - 3,) * 2
 
 
 @pytest.mark.parametrize(

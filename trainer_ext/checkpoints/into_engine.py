@@ -173,11 +173,13 @@ def flats_of(optimizer: Any) -> list[Tensor]:
     """The flat partitions of float32 masters that ZeRO-1 to 3 keep on a rank; none without it.
 
     Raises:
-        ValueError: DeepSpeed wraps the optimizer in another way.
+        ValueError: DeepSpeed wraps the optimizer in another way, or keeps them on NVMe.
     """
     zero = getattr(optimizer, "optimizer", optimizer)
     if zero is base_optimizer(optimizer):
         return []
+    if getattr(zero, "swap_optimizer", False):
+        raise ValueError("ZeRO keeps the optimizer's state on NVMe, where it cannot be put: offload it to the cpu.")
     for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):  # ZeRO-1 and 2, ZeRO-3
         if (found := getattr(zero, name, None)) is not None:
             return found

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+from torch import Tensor, nn
+from transformers.trainer_utils import has_length
 
 from trainer_ext.checkpoints.durable import write_durably
 from trainer_ext.engine import base_optimizer, parameter_groups, plain_name, saves_shards
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 FILE = "saved_on.json"
 UNNAMED = "a flat part of several"  # in the place of a name, where an engine hides what its optimizer holds
+KEPT = (bool, int, float, str, tuple, Tensor, type(None))  # what an optimizer's options are made of
 PLAIN = ("one process", "DDP")  # their files are the same
 
 
@@ -87,7 +89,10 @@ def record_of(trainer: "Trainer", loader: Any) -> RunRecord:
     names = {parameter: plain_name(name) for name, parameter in cast(nn.Module, trainer.model).named_parameters()}
     parameters = parameter_groups(trainer)
     groups = [
-        {**group, "params": [names.get(parameter, UNNAMED) for parameter in own]}
+        {
+            **{name: value for name, value in group.items() if isinstance(value, KEPT)},
+            "params": [names.get(parameter, UNNAMED) for parameter in own],
+        }
         for group, own in zip(base.param_groups, parameters, strict=True)
     ]
     schedule: Any = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
@@ -133,7 +138,7 @@ def _data(trainer: "Trainer", loader: Any, shared: int) -> dict[str, Any]:
     found = {
         "sampler": type(sampler).__name__,
         "seed": getattr(sampler, "initial_seed", getattr(sampler, "seed", None)),
-        "steps an epoch": math.ceil(len(loader) / accumulation) if hasattr(loader, "__len__") else None,
+        "steps an epoch": math.ceil(len(loader) / accumulation) if has_length(loader) else None,
     }
     if hasattr(sampler, "max_tokens"):
         return found | {"micro-batches a step": ranks * accumulation, "tokens a micro-batch": sampler.max_tokens}

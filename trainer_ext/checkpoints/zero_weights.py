@@ -72,19 +72,17 @@ def zero_moments(folder: Path) -> dict[str, dict[str, Placed]]:
     model = load(_file(folder, f"{'zero_pp_rank_0_' if stage == 3 else ''}mp_rank_00_model_states.pt"))
     shapes, paddings = model["param_shapes"], optimizers[0].get("param_alignment_paddings")
     states = [_by_flat(state) for state in optimizers]
-    flat = (
-        {key for key, value in states[0][0].items() if torch.is_tensor(value) and value.dim()} if states[0] else set()
-    )
     found: dict[str, dict[str, Placed]] = {name: {} for names in shapes for name in names}
-    for key in sorted(flat):
-        flats = [[group[key] for group in groups] for groups in states]
-        cut = _cut_each(flats, shapes, folder) if stage == 3 else _cut_whole(flats, shapes, paddings, folder)
+    first = states[0][0] if states[0] else {}
+    for key, value in first.items():
+        if torch.is_tensor(value) and value.dim():
+            flats = [[group[key] for group in groups] for groups in states]
+            cut = _cut_each(flats, shapes, folder) if stage == 3 else _cut_whole(flats, shapes, paddings, folder)
+        else:
+            number = _one_number(key, states, folder)
+            cut = dict.fromkeys(found, Placed(number.shape, number.dtype, number.clone))
         for name, placed in cut.items():
             found[name][key] = placed
-    for key in sorted(states[0][0].keys() - flat if states[0] else ()):
-        number = _one_number(key, states, folder)
-        for kept in found.values():
-            kept[key] = Placed(number.shape, number.dtype, number.clone)
     return found
 
 
