@@ -9,6 +9,7 @@ trainer       `SafeCheckpointsMixin`, which has a `Trainer` save and resume so
 inert         a pickle is parsed, and nothing of it runs
 allowed       what the pickles of a checkpoint may name
 trusted       no checkpoint is loaded before all its pickles were parsed so
+parts         the files that an index of weights names
 resumed       the same, with one answer on all ranks
 weights       the weights of any engine's checkpoint, by name
 zero_weights  those in the flat partitions of DeepSpeed's ZeRO
