@@ -63,6 +63,9 @@ def unsafe(source, file="a.py"):
             if name.endswith("np.load") and is_true(told.get("allow_pickle")):
                 found.append((node.lineno, name))
             remote = told.get("trust_remote_code")
+            asks = name.endswith(".from_pretrained") and name.split(".")[-2].lower().startswith("auto")
+            if asks and remote is None and file.startswith("trainer_ext"):  # transformers asks whoever sits there
+                found.append((node.lineno, "trust_remote_code"))
             if remote is not None and not (isinstance(remote, ast.Constant) and remote.value is False):
                 found.append((node.lineno, "trust_remote_code"))
             if name.startswith("subprocess.") and is_true(told.get("shell")):
@@ -109,6 +112,10 @@ def test_nothing_is_run_that_is_read(path):
 )
 def test_the_scan_sees(source):
     assert unsafe(source)
+
+
+def test_the_scan_sees_what_would_ask():
+    assert unsafe("AutoConfig.from_pretrained(name)", "trainer_ext/a.py") == [(1, "trust_remote_code")]
 
 
 @pytest.mark.parametrize(
