@@ -18,6 +18,7 @@ from trainer_ext.cli import app
 
 # Files whose tests start several processes at once: `make test` runs them one after the other, the others two at a time.
 LAUNCHES = (
+    "bad_input/test_secrets.py",
     "callbacks/test_early_stopping.py", "callbacks/test_ema_on_", "callbacks/test_gradual_unfreezing_on_",
     "callbacks/test_non_finite_guard.py", "callbacks/test_on_engines.py", "callbacks/test_stop_on_signal.py",
     "callbacks/test_throughput.py", "callbacks/test_time_limit.py", "checkpoints/test_background.py",

@@ -477,6 +477,7 @@ def verify(
     with users_mistakes():
         from trainer_ext.checkpoints import resume
         from trainer_ext.checkpoints.manifest import write_manifest
+        from trainer_ext.plain_text import printable
 
         found = resume.verdicts(folder)
         if accept:
@@ -484,7 +485,9 @@ def verify(
                 raise ValueError(f"--accept is for one checkpoint, and {folder} has {len(found)}: name it.")
             write_manifest(folder)
     for path, wrong in found.items():
-        typer.echo(f"{path}: {'as it was saved' if not wrong else 'accepted as it is' if accept else 'wrong'}")
+        typer.echo(
+            f"{printable(str(path))}: {'as it was saved' if not wrong else 'accepted as it is' if accept else 'wrong'}"
+        )
         for finding in wrong:
             typer.echo(f"  {finding}")
     if any(found.values()) and not accept:
@@ -550,9 +553,12 @@ def _argv(ctx: typer.Context, without: tuple[str, ...] = ()) -> list[str]:
 def _print_metrics(metrics: dict[str, Any], folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from trainer_ext.plain_text import printable
 
     table = Table("metric", "value")
     for name, value in metrics.items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+        table.add_row(Text(printable(name)), f"{value:.4f}" if isinstance(value, float) else str(value))
     Console().print(table)
     typer.echo(f"Model and metrics: {folder}")

@@ -8,6 +8,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 from transformers import AutoConfig
 
@@ -15,6 +16,7 @@ from trainer_ext.models import checkpoint_folder
 from trainer_ext.optim.freezing import freeze
 from trainer_ext.optim.groups import Assignment, assign
 from trainer_ext.optim.rules import parse_rules, read_rules
+from trainer_ext.plain_text import printable
 
 FROZEN = "frozen"
 
@@ -94,7 +96,7 @@ def group_table(rows: Sequence[Assignment], frozen: Sequence[tuple[str, nn.Param
     for group, members in found.items():
         first = members[0]
         table.add_row(
-            group,
+            Text(printable(group)),
             str(len(members)),
             f"{sum(row.parameter.numel() for row in members):,}",
             f"{first.lr_multiplier:.4g}",
@@ -117,7 +119,7 @@ def parameter_table(rows: Sequence[Assignment], frozen: Sequence[tuple[str, nn.P
         shape, decay = _shape(row.parameter), f"{row.settings['weight_decay']:g}"
         table.add_row(row.name, shape, row.group, depth, f"{row.lr_multiplier:.4g}", decay)
     for name, parameter in frozen:
-        table.add_row(name, _shape(parameter), FROZEN, "", "", "")
+        table.add_row(Text(printable(name)), _shape(parameter), FROZEN, "", "", "")
     return table
 
 
@@ -125,5 +127,6 @@ def _shape(parameter: nn.Parameter) -> str:
     return "x".join(map(str, parameter.shape)) or "scalar"
 
 
-def _examples(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]}, {'.. ' if len(names) > 2 else ''}{names[-1]}"
+def _examples(names: list[str]) -> Text:
+    shown = names[0] if len(names) == 1 else f"{names[0]}, {'.. ' if len(names) > 2 else ''}{names[-1]}"
+    return Text(printable(shown))

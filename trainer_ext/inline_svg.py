@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import matplotlib
 from markupsafe import Markup, escape
 
+from trainer_ext.plain_text import printable
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -34,6 +36,6 @@ def inline_svg(draw: Callable[["Figure"], None], size: tuple[float, float], *, n
             axes.grid(alpha=0.25)
         text = io.StringIO()
         drawn.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
+    svg = printable(text.getvalue())
     svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
-    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(described)}" ', 1))
+    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(printable(described))}" ', 1))

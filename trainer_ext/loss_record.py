@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trainer_ext.losses.contract import ConfiguredLoss
 from trainer_ext.losses.weighted_sum import WeightedSum
+from trainer_ext.plain_text import printable
 
 FILE = "loss.json"
 COUNTED = "class_counts"  # for people; a loss that goes by them has them among its options
@@ -70,7 +71,7 @@ def weights_table(loss: ConfiguredLoss, model: Any) -> str:
     names = getattr(getattr(model, "config", None), "id2label", None) or {}
     counts: Any = loss.class_counts or [None] * len(loss.class_weights)
     lines = [
-        f"{names.get(i, i)!s:>20}  {'' if count is None else f'{count:g}':>10}  {weight:10.6g}"
+        f"{printable(str(names.get(i, i))):>20}  {'' if count is None else f'{count:g}':>10}  {weight:10.6g}"
         for i, (count, weight) in enumerate(zip(counts, loss.class_weights.tolist(), strict=True))
     ]
     return "\n".join([f"{'class':>20}  {'count':>10}  {'weight':>10}", *lines])

@@ -16,8 +16,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from tests.conftest import rows, tiny_model
 from trainer_ext.callbacks import run_summary
 from trainer_ext.callbacks.run_facts import changed_arguments, evaluations
-from trainer_ext.callbacks.run_summary import MARKER, RunSummary, plain
+from trainer_ext.callbacks.run_summary import MARKER, RunSummary
 from trainer_ext.callbacks.throughput import Throughput
+from trainer_ext.plain_text import for_markdown
 
 HOSTILE = "<script>alert('x')</script> | [a](javascript:b) --- `c`"
 VOID = {"meta", "link", "br", "use", "path"}
@@ -198,7 +199,9 @@ def test_a_page_that_does_not_escape_is_seen(trained, monkeypatch):
 
 
 def test_plain_text():
-    assert plain("a | b\n# c <b> &amp; [d](e) *f* _g_") == (r"a \| b \# c &lt;b&gt; &amp;amp; \[d\]\(e\) \*f\* \_g\_")
+    assert for_markdown("a | b\n# c <b> &amp; [d](e) *f* _g_") == (
+        r"a \| b \# c &lt;b&gt; &amp;amp; \[d\]\(e\) \*f\* \_g\_"
+    )
 
 
 def test_a_card_of_someone_else_is_left_alone(trained, tmp_path, monkeypatch):

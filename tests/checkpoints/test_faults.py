@@ -81,7 +81,7 @@ def copy(train, tmp_path, whole):
 
 
 def same_end(made, whole):
-    weights, losses = torch.load(whole / "end.pt")
+    weights, losses = torch.load(whole / "end.pt", weights_only=True)
     found = made.model.state_dict()
     return found.keys() == weights.keys() and all(torch.equal(found[n], weights[n]) for n in weights) and (
         logged(made) == losses

@@ -4,9 +4,7 @@ In go the run's own arguments, logs, model and optimizer (`run_facts`); out come
 besides itself, and `README.md` with the metadata that the hub reads, both in `output_dir`, by rank 0.
 """
 
-import html
 import math
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from trainer_ext.callbacks.run_facts import Data, RunFacts, data_of, run_facts
+from trainer_ext.plain_text import for_markdown, for_pages
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -32,7 +31,6 @@ UNITS = {
     "padding_share": " of the tokens",
     "flops_utilization": " of the measured peak",
 }
-MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~:$-])")
 
 
 class RunSummary(TrainerCallback):
@@ -112,9 +110,13 @@ def rendered(run: RunFacts, template: str) -> str:
 
     page = template.endswith("html")
     templates = Environment(
-        loader=PackageLoader("trainer_ext.callbacks"), autoescape=page, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("trainer_ext.callbacks"),
+        autoescape=page,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=for_pages,
     )
-    templates.filters["plain"] = plain
+    templates.filters["plain"] = for_markdown
     return templates.get_template(template).render(
         run=run,
         columns=list(dict.fromkeys(name for entry in run.evaluations for name in entry)),
@@ -187,8 +189,3 @@ def curve(run: RunFacts, names: list[str]) -> "Markup | None":
 def shown(value: float) -> str:
     """Four digits of a fraction, all of a whole number."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def plain(value: Any) -> str:
-    """A text that Markdown and HTML show as it is, on one line."""
-    return MARKDOWN.sub(r"\\\1", html.escape(" ".join(str(value).split()), quote=False))

@@ -13,6 +13,7 @@ into_engine   whole weights and moments go into a live engine
 inert         a pickle is parsed, and nothing of it runs
 allowed       what the pickles of a checkpoint may name
 trusted       no checkpoint is loaded before all its pickles were parsed so
+parts         the files that an index of weights names
 resumed       the same, with one answer on all ranks
 weights       the weights of any engine's checkpoint, by name
 moments       the optimizer's state of any engine's checkpoint, by name

@@ -23,6 +23,7 @@ import torch
 
 from trainer_ext.checkpoints.allowed import ARGUMENTS, ARRAYS, DEEPSPEED, DISTRIBUTED, TENSORS
 from trainer_ext.checkpoints.inert import Inert, parse
+from trainer_ext.checkpoints.parts import parts_of
 from trainer_ext.checkpoints.resume import BadCheckpointError
 
 # What a file may name, by its own name; the first pattern that fits.
@@ -76,6 +77,8 @@ def check_pickles(folder: Path, *, arguments: Collection[str] = ()) -> list[Find
             findings += _check_tag(path)
         elif path.name.endswith(".metadata"):
             findings += _check_index(path)
+        elif path.name.endswith(".index.json"):
+            findings += _check_parts(path)
         elif path.suffix in PICKLED:
             also = arguments if path.name == "training_args.bin" else ()
             with path.open("rb") as file:
@@ -168,6 +171,14 @@ def _check_tag(path: Path) -> list[Finding]:
     tag = path.read_text(errors="replace").strip()
     if tag in ("", ".", "..") or "/" in tag or "\\" in tag or "\0" in tag:
         return [Finding(path, f"names {tag!r}, which is no folder beside it")]
+    return []
+
+
+def _check_parts(path: Path) -> list[Finding]:
+    try:
+        parts_of(path)
+    except ValueError as error:
+        return [Finding(path, str(error))]
     return []
 
 

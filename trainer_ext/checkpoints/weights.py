@@ -7,7 +7,6 @@ A file is mapped and not read, so that one tensor at a time is in memory. Nothin
 `trainer_ext.checkpoints.trusted`.
 """
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer_ext.callbacks.averages_file import Part
+from trainer_ext.checkpoints.parts import parts_of
 from trainer_ext.checkpoints.trusted import load, require_trusted
 from trainer_ext.checkpoints.zero_weights import zero_weights
 
@@ -114,19 +114,10 @@ def _as(dtype: torch.dtype, stored: Stored) -> Stored:
 
 
 def _parts(index: Path) -> list[Path]:
-    """The files that an index names, all of them beside it.
-
-    Raises:
-        ValueError: It names others.
-    """
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of weights: {type(error).__name__}: {error}.") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
-            raise ValueError(f"{index} names {name!r}, which is no file beside it.")
-    return [index.with_name(name) for name in names]
+        return parts_of(index)
+    except ValueError as error:
+        raise ValueError(f"{index} {error}.") from error
 
 
 def _safetensors(path: Path) -> Weights:

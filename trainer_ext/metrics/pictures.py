@@ -14,6 +14,7 @@ from sklearn.metrics import precision_recall_curve
 
 from trainer_ext.metrics.predictions import Predictions
 from trainer_ext.metrics.table import average_precision_of, ranks
+from trainer_ext.plain_text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,5 +112,6 @@ def drawn(file: Path, title: str, size: tuple[float, float]) -> Iterator["Axes"]
 
 
 def shortened(name: str, length: int = 24) -> str:
-    """A class name that leaves room for the picture."""
+    """A class name that leaves room for the picture, and is no control code in it."""
+    name = printable(name)
     return name if len(name) <= length else f"{name[: length - 1]}…"

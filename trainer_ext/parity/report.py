@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from trainer_ext.checkpoints.durable import write_durably
 from trainer_ext.parity.curves import QUANTITIES, Line, figure
@@ -19,7 +20,7 @@ from trainer_ext.parity.differences import where
 from trainer_ext.parity.environment import environment
 from trainer_ext.parity.matrix import Row, as_json
 from trainer_ext.parity.trajectory import Step, Trajectory
-from trainer_ext.plain_text import masked_words
+from trainer_ext.plain_text import for_markdown, for_pages, masked_words, printable
 
 COLUMNS = ("mode", "verdict", "steps", "loss ratio", "gradient ratio", "max Δloss", "max Δweight", "held to")
 
@@ -37,7 +38,10 @@ def write(rows: list[Row], folder: Path, *, command: list[str], about: str = "")
     loader = PackageLoader("trainer_ext.parity")
     for name in ("report.html", "report.md"):
         html = name.endswith("html")
-        templates = Environment(loader=loader, autoescape=html, undefined=StrictUndefined, trim_blocks=True)
+        templates = Environment(
+            loader=loader, autoescape=html, undefined=StrictUndefined, trim_blocks=True, finalize=for_pages
+        )
+        templates.filters["plain"] = for_markdown
         page = templates.get_template(name).render(
             verdict=verdict(rows),
             agreed=all(row.verdict == "equal" for row in rows if row.counts),
@@ -61,14 +65,14 @@ def show(rows: list[Row], folder: Path | None, *, about: str = "", console: Cons
         table.add_column(column, no_wrap=place in (0, 1, 7))
     for row in rows:
         style = {"equal": "green", "differs": "red" if row.counts else "yellow", "failed": "red"}[row.verdict]
-        table.add_row(*cells(row, rows), style=style)
+        table.add_row(*(Text(printable(cell)) for cell in cells(row, rows)), style=style)
     console.print(table)
     for row in rows:
         if text := explained(row):
-            console.print(f"{label(row, rows)}: {text}\n", markup=False, highlight=False)
+            console.print(printable(f"{label(row, rows)}: {text}\n"), markup=False, highlight=False)
     if about:
         console.print(about, markup=False)
-    console.print(verdict(rows), style="bold", markup=False)
+    console.print(printable(verdict(rows)), style="bold", markup=False)
     if folder is not None:
         console.print(f"Report: {folder / 'report.html'}", markup=False)
 

@@ -62,6 +62,7 @@ def cap(args: TrainingArguments, plan: dict[str, Any]) -> None:
         "eval_strategy": "no",
         "resume_from_checkpoint": None,
         "push_to_hub": False,
+        "hub_token": None,
         "report_to": "none",
         "disable_tqdm": True,
     }
