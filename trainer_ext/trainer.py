@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from trainer_ext.arguments import asks_for_groups, group_options, own_optimizer
 from trainer_ext.checkpoints.description import save_description
+from trainer_ext.checkpoints.exact import ExactResumeMixin
 from trainer_ext.checkpoints.trainer import SafeCheckpointsMixin
 from trainer_ext.engine import (
     check_engine,
@@ -34,7 +35,7 @@ from trainer_ext.shared_buffers import remove_at_exit
 logger = logging.get_logger(__name__)
 
 
-class CustomTrainer(SafeCheckpointsMixin, ExactLossMixin, Trainer):
+class CustomTrainer(SafeCheckpointsMixin, ExactResumeMixin, ExactLossMixin, Trainer):
     """`Trainer` with an exact loss, weight decay on matrices only, checkpoints that are whole, and an override that is
     really called.
 
@@ -42,6 +43,8 @@ class CustomTrainer(SafeCheckpointsMixin, ExactLossMixin, Trainer):
     `optimizers=`, `optimizer_cls_and_kwargs=` and `--optim` are honoured as they are by `Trainer`. A subclass
     may override `create_optimizer_and_scheduler`, which `Trainer.train` itself no longer calls.
     """
+
+    CARRIED = ("_rate", "_group_rates")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

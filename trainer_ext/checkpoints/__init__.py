@@ -5,6 +5,7 @@ manifest      every file of a checkpoint with its size and SHA-256
 write         beside, manifest last, renamed into place
 resume        the newest checkpoint that is as it was saved
 ranks         what several processes do once for each storage
+exact         `ExactResumeMixin`: what else a run goes on exactly by, and evaluations that leave it alone
 trainer       `SafeCheckpointsMixin`, which has a `Trainer` save and resume so
 inert         a pickle is parsed, and nothing of it runs
 allowed       what the pickles of a checkpoint may name

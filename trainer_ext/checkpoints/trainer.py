@@ -64,7 +64,12 @@ class SafeCheckpointsMixin(_TrainerBase):
         for folder in choice.passed_over:
             if wrong := ranks.once_for_each_storage(lambda folder=folder: move_aside(folder)):  # type: ignore[misc]
                 raise BadCheckpointError(f"{folder} is not as it was saved, and cannot be moved aside: {wrong[0]}.")
-        return super().train(str(choice.folder), *args, **kwargs)
+        given = self.args.resume_from_checkpoint
+        self.args.resume_from_checkpoint = str(choice.folder)  # for callbacks, which are told of it nowhere else
+        try:
+            return super().train(str(choice.folder), *args, **kwargs)
+        finally:
+            self.args.resume_from_checkpoint = given
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)
