@@ -108,7 +108,7 @@ class Variant:
     stock_sampler: object = None
     callbacks: object = list
     model: object = tiny_model
-    optimizers: object = None
+    stock: bool = True  # whether the stock class has it
     options: dict = field(default_factory=dict)
 
 
@@ -164,7 +164,7 @@ VARIANTS = {
     "EarlyStopping": Variant(callbacks=lambda: [EarlyStopping(patience=2, min_delta=1.0)], options=EVALUATED),
     "GradualUnfreezing": Variant(callbacks=lambda: [GradualUnfreezing(every=3)]),
     "NonFiniteGuard, GroupNorms": Variant(callbacks=lambda: [NonFiniteGuard(), GroupNorms()]),
-    "muon": Variant(options={"optim": "muon"}),
+    "muon": Variant(stock=False, options={"optim": "muon"}),
     "bfloat16": Variant(model=lambda: tiny_model(dtype=torch.bfloat16)),
 }
 

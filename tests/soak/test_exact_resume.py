@@ -25,14 +25,16 @@ def measure(cls, variant, out):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_ours_goes_on_exactly_from_every_step(tmp_path, name):
     ours = measure(Ours, VARIANTS[name], tmp_path / "ours")
-    FOUND[name] = ours, measure(Stock, VARIANTS[name], tmp_path / "stock")
+    FOUND[name] = ours, measure(Stock, VARIANTS[name], tmp_path / "stock") if VARIANTS[name].stock else {}
     assert ours
     assert not any(ours.values()), ours
 
 
 def test_write_the_table():
     assert list(FOUND) == list(VARIANTS), "some were not measured"
-    exact = [sum(not any(found[which].values()) for found in FOUND.values()) for which in (0, 1)]
+    exact = [
+        sum(bool(found[which]) and not any(found[which].values()) for found in FOUND.values()) for which in (0, 1)
+    ]
     lines = [f"| {name} | {len(ours)} | {equal(ours)} | {equal(stock)} |" for name, (ours, stock) in FOUND.items()]
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     PROOF.write_text(
@@ -53,6 +55,8 @@ def test_write_the_table():
 
 
 def equal(found):
+    if not found:
+        return "has none"
     wrong = {SAID[name]: sum(name in one for one in found.values()) for name in SAID}
     said = ", ".join(f"{name} {count}" for name, count in wrong.items() if count)
     return f"all equal, {len(found)}" if not said else f"differ: {said}"
