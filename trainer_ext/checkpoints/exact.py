@@ -59,12 +59,12 @@ class ExactResumeMixin(_TrainerBase):
         return saved["epoch"], steps * self.args.gradient_accumulation_steps
 
     def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        checkpoint, taken = kwargs["resume_from_checkpoint"], 0
-        if checkpoint is not None and epoch == kwargs["epochs_trained"]:
-            taken = kwargs["steps_trained_in_current_epoch"] // self.args.gradient_accumulation_steps
+        checkpoint = kwargs["resume_from_checkpoint"] if epoch == kwargs["epochs_trained"] else None
+        taken = kwargs["steps_trained_in_current_epoch"] // self.args.gradient_accumulation_steps if checkpoint else 0
         self._epoch, self._epoch_began_at = epoch, self.state.global_step - taken
-        if checkpoint is not None and epoch == kwargs["epochs_trained"]:
-            self._load_rng_state(checkpoint)  # the stock loop does it at the next step, which may be in another epoch
+        self._load_rng_state(checkpoint)  # the stock loop does it at the next step, which may be in another epoch
+        if saved := read_place(checkpoint):
+            self._take_up(saved)
         self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
         return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
@@ -115,12 +115,8 @@ class ExactResumeMixin(_TrainerBase):
         if self.args.should_save:
             (Path(output_dir) / RESUME).write_text(json.dumps(place, indent=1) + "\n")
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The states of the random generators, and what was not logged yet."""
-        super()._load_rng_state(checkpoint)
-        saved = read_place(checkpoint)
-        if saved is None:
-            return
+    def _take_up(self, saved: dict[str, Any]) -> None:
+        """What was not logged yet, and where the epoch began."""
         losses = saved["losses_since"]
         own = losses[self.args.process_index] if len(losses) == self.args.world_size else fmean(losses)
         self._tr_loss.fill_(own)
