@@ -18,14 +18,13 @@ from trainer_ext.cli import app
 
 # Files whose tests start several processes at once: `make test` runs them one after the other, the others two at a time.
 LAUNCHES = (
-    "bad_input/test_secrets.py",
-    "callbacks/test_early_stopping.py", "callbacks/test_ema_on_", "callbacks/test_gradual_unfreezing_on_",
-    "callbacks/test_non_finite_guard.py", "callbacks/test_on_engines.py", "callbacks/test_stop_on_signal.py",
-    "callbacks/test_throughput.py", "callbacks/test_time_limit.py", "checkpoints/test_background.py",
-    "checkpoints/test_elastic.py", "checkpoints/test_export.py", "checkpoints/test_kills.py",
-    "checkpoints/test_on_ranks.py", "distributed/", "optim/test_engines.py", "parity/test_launched_modes.py",
-    "parity/test_records_of_scripts.py", "rehearsal/", "test_examples.py", "test_launches.py", "test_lr_finder.py",
-    "test_readme.py",
+    "bad_input/test_secrets.py", "callbacks/test_early_stopping.py", "callbacks/test_ema_on_",
+    "callbacks/test_gradual_unfreezing_on_", "callbacks/test_non_finite_guard.py", "callbacks/test_on_engines.py",
+    "callbacks/test_stop_on_signal.py", "callbacks/test_throughput.py", "callbacks/test_time_limit.py",
+    "checkpoints/test_background.py", "checkpoints/test_elastic.py", "checkpoints/test_exact_resume.py",
+    "checkpoints/test_export.py", "checkpoints/test_kills.py", "checkpoints/test_on_ranks.py", "distributed/",
+    "optim/test_engines.py", "parity/test_launched_modes.py", "parity/test_records_of_scripts.py", "rehearsal/",
+    "test_examples.py", "test_launches.py", "test_lr_finder.py", "test_readme.py",
 )  # fmt: skip
 VOCABULARY = 40
 SIZES = {

@@ -1,12 +1,13 @@
 """The manual loop and CustomTrainer: the same bits, dropout on, for whole runs."""
 
 import inspect
+import random
 
 import pytest
 import torch
 from transformers import default_data_collator
 
-from tests.conftest import rows, tiny_model
+from tests.conftest import logged, rows, tiny_model
 from trainer_ext import accelerate_loop, class_weights, manual_loop
 from trainer_ext.loop_settings import LoopSettings, loop_settings
 from trainer_ext.metrics import AccuracyAndF1, compute_metrics
@@ -81,6 +82,31 @@ def test_bitwise_equal(trainer, loop, case):
     assert len(reference.evaluations) == 2
     assert reference.initial_weights != reference.final_weights
     assert reference.optimizer_state
+
+
+@pytest.mark.parametrize("loop", [manual_loop, accelerate_loop], ids=["manual", "accelerate"])
+def test_bitwise_equal_on_random_data(trainer, loop):
+    """Rows and a collator that draw from the global generators: both loops draw them by seed, epoch and row."""
+
+    def change(batch):
+        batch["input_ids"] = [[*ids[:-1], random.randrange(40)] for ids in batch["input_ids"]]
+        return batch
+
+    def collate(features):
+        batch = default_data_collator(features)
+        batch["input_ids"][torch.rand(batch["input_ids"].shape) < 0.2] = 3
+        return batch
+
+    data, losses = rows().with_transform(change), []
+    run = trainer(train=data, data_collator=collate, num_train_epochs=2, max_steps=-1)
+    run.train()
+    model = tiny_model()
+    on_step = lambda **step: losses.append(step["loss"])  # noqa: E731
+    loop.train(model, data, collate, loop_settings(run.args), on_step=on_step, progress=False)
+    assert logged(run) == losses
+    assert all(
+        torch.equal(ours, theirs) for ours, theirs in zip(run.model.parameters(), model.parameters(), strict=True)
+    )
 
 
 def test_dropout_is_on():

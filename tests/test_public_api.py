@@ -23,6 +23,7 @@ LAW = {  # who may not import what
     "manual_loop.py": {"transformers", "accelerate"},
     "loop_settings.py": {"transformers", "accelerate"},
     "reference_optimizer.py": {"transformers", "accelerate"},
+    "seeded_data.py": {"transformers", "accelerate"},
     "parity/comparison.py": {"transformers", "accelerate"},
     "parity/differences.py": {"transformers", "accelerate"},
     "parity/signs": {"transformers", "accelerate"},

@@ -27,6 +27,7 @@ from trainer_ext.manual_loop import (
 )
 from trainer_ext.reference_optimizer import build_optimizer
 from trainer_ext.repeated_rows import UncountedBatch, without_repeated_rows
+from trainer_ext.seeded_data import seed_data
 
 
 def train(
@@ -60,7 +61,9 @@ def train(
     for epoch in count():
         order = epoch_order(len(train_dataset), settings.seed, epoch)
         loader = DataLoader(train_dataset, settings.batch_size, sampler=order, collate_fn=collate)
-        batches = iter(accelerator.prepare(loader))
+        loader = accelerator.prepare(loader)
+        seed_data(loader, seed=settings.seed, epoch=epoch)
+        batches = iter(loader)
         while result.steps < total_steps:
             window = [without_repeated_rows(batch) for batch in islice(batches, settings.accumulation)]
             if not window:
@@ -89,8 +92,10 @@ def train(
                 on_step(window=window, denominator=total, loss=whole, grad_norm=float(norm), learning_rates=rates)
         done = result.steps == total_steps
         if eval_dataset is not None and (done or settings.evaluate_each_epoch):
-            loader = accelerator.prepare(DataLoader(eval_dataset, settings.eval_batch_size, collate_fn=collate))
-            result.evaluations.append(evaluate(accelerator, model, loader, settings, metric, class_weights))
+            apart = torch.Generator()  # so that training draws the same with and without evaluations
+            split = DataLoader(eval_dataset, settings.eval_batch_size, collate_fn=collate, generator=apart)
+            prepared = accelerator.prepare(split)
+            result.evaluations.append(evaluate(accelerator, model, prepared, settings, metric, class_weights))
             if on_evaluate is not None:
                 on_evaluate(result.evaluations[-1])
         if done:

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from trainer_ext.loop_settings import LoopSettings
 from trainer_ext.reference_optimizer import build_optimizer
+from trainer_ext.seeded_data import seed_data
 
 
 @dataclass
@@ -74,8 +75,10 @@ def train(
 
     for epoch in count():
         order = epoch_order(len(train_dataset), settings.seed, epoch)
-        loader = iter(DataLoader(train_dataset, settings.batch_size, sampler=order, collate_fn=collate))
-        while result.steps < total_steps and (window := list(islice(loader, settings.accumulation))):
+        loader = DataLoader(train_dataset, settings.batch_size, sampler=order, collate_fn=collate)
+        seed_data(loader, seed=settings.seed, epoch=epoch)
+        batches = iter(loader)
+        while result.steps < total_steps and (window := list(islice(batches, settings.accumulation))):
             model.train()
             total = sum(denominator(batch["labels"], class_weights, settings) for batch in window)
             loss = sum(backward(model, batch, total, class_weights, settings) for batch in window)
@@ -129,7 +132,8 @@ def evaluate(
     """The loss over the whole split as one batch would give it (`"loss"`), and what `metric` computes."""
     model.eval()
     numerator = total = 0.0
-    for batch in DataLoader(dataset, settings.eval_batch_size, collate_fn=collate):
+    own = torch.Generator()  # so that training draws the same with and without evaluations
+    for batch in DataLoader(dataset, settings.eval_batch_size, collate_fn=collate, generator=own):
         inputs = {name: value.to(settings.device) for name, value in batch.items()}
         labels = inputs.pop("labels")
         logits = model(**inputs).logits

@@ -17,6 +17,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import has_length
 
+from trainer_ext.seeded_data import seed_data
 from trainer_ext.token_budget import TokenBudgetBatches
 
 if TYPE_CHECKING:  # the mixin calls a Trainer's methods through super() and self, and is none itself
@@ -130,7 +131,7 @@ class ExactOrderMixin(_TrainerBase):
             )
         if self._train_sampler is not None:
             return self._train_sampler
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        seed = self.accelerator.dataloader_config.data_seed = self._data_seed()  # else that of torch at this moment
         if self.args.train_sampling_strategy == "group_by_length" and has_length(dataset):
             return LengthGroupedOrder(self._row_lengths(dataset), self._rows_of_a_step(), seed=seed)
         sampler = super()._get_train_sampler(train_dataset)
@@ -142,7 +143,12 @@ class ExactOrderMixin(_TrainerBase):
     def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """accelerate tells a sampler the epoch, but not always: below the loader of a resumed epoch it loses some."""
         tell_epoch(train_dataloader, epoch)
+        shared = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+        seed_data(train_dataloader, seed=self._data_seed(), epoch=epoch, rank=self.args.process_index // shared)
         return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _row_lengths(self, dataset: Any) -> Tensor:
         if len(dataset) == 0:

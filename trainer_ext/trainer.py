@@ -46,6 +46,8 @@ class CustomTrainer(SafeCheckpointsMixin, ExactLossMixin, LeanStepMixin, Trainer
     may override `create_optimizer_and_scheduler`, which `Trainer.train` itself no longer calls.
     """
 
+    CARRIED = ("_rate", "_group_rates")
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.model_init is None:

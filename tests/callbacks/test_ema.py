@@ -340,12 +340,16 @@ def test_averages_that_are_not_found(trainer, tmp_path):
             resumed.train(resume_from_checkpoint=str(folder))
         assert all(same(found, watch.steps[0]) for found in watch.steps)  # nothing was trained
 
-    refused("checkpoint-2 has no ema.safetensors. Set args.resume_from_checkpoint", output_dir=str(tmp_path / "other"))
+    resumed, _ = run(trainer, output_dir=str(tmp_path / "elsewhere"))
+    resumed.train(resume_from_checkpoint=str(saved))  # CustomTrainer says which it is; others do not:
+    assert resumed.args.resume_from_checkpoint is None
+    refused("checkpoint-2 has no ema.safetensors. Set args.resume_from_checkpoint", output_dir=str(tmp_path / "other"),
+            **STOCK)  # fmt: skip
     second, _ = run(trainer, **SAVED, max_steps=4, output_dir=str(tmp_path / "other"))
     second.train()
-    refused("ema.safetensors is of another run", output_dir=str(tmp_path / "other"))
+    refused("ema.safetensors is of another run", output_dir=str(tmp_path / "other"), **STOCK)
     refused("is of another run .step 4.", resume_from_checkpoint=str(saved.parent / "checkpoint-4"),
-            output_dir=str(tmp_path / "none"))  # fmt: skip
+            output_dir=str(tmp_path / "none"), **STOCK)  # fmt: skip
     file = saved / "ema.safetensors"
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()

@@ -44,7 +44,7 @@ def test_checkpoints_are_those_of_the_stock_class(trainer, tmp_path):
     trainer(Trainer, **OPTIONS, output_dir=str(tmp_path / "stock")).train()
     ours, stock = tmp_path / "ours", tmp_path / "stock"
     assert names(ours) == names(stock) == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
-    added = {"loss.json", "manifest.json", "saved_on.json"}
+    added = {"loss.json", "manifest.json", "resume.json", "saved_on.json"}
     assert set(names(ours / "checkpoint-4")) == {*names(stock / "checkpoint-4"), *added}
     assert all(not verify(ours / name) for name in names(ours))
 

@@ -6,6 +6,7 @@ write         beside, manifest last, renamed into place
 background    the end of a save beside the training
 resume        the newest checkpoint that is as it was saved
 ranks         what several processes do once for each storage
+exact         `ExactResumeMixin`: what else a run goes on exactly by, and evaluations that leave it alone
 trainer       `SafeCheckpointsMixin`, which has a `Trainer` save and resume so
 run_record    what saved a checkpoint, held against what goes on from it
 elastic       `ElasticResumeMixin`: a run goes on from a checkpoint of another engine

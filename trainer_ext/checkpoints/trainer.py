@@ -21,6 +21,7 @@ from trainer_ext.callbacks.agreement import of_all_ranks
 from trainer_ext.callbacks.stateful import StatefulCallback
 from trainer_ext.checkpoints.background import Background
 from trainer_ext.checkpoints.elastic import ElasticResumeMixin
+from trainer_ext.checkpoints.exact import ExactResumeMixin
 from trainer_ext.checkpoints.ranks import Ranks
 from trainer_ext.checkpoints.resume import BadCheckpointError, Choice, move_aside, named, newest_good
 from trainer_ext.checkpoints.resumed import require_trusted_on_all_ranks
@@ -37,7 +38,7 @@ else:
     _TrainerBase = object
 
 
-class SafeCheckpointsMixin(ElasticResumeMixin, _TrainerBase):
+class SafeCheckpointsMixin(ElasticResumeMixin, ExactResumeMixin, _TrainerBase):
     """Put before a `Trainer` class among the bases, it makes that class's checkpoints atomic and verified.
 
     `train(resume_from_checkpoint=True)` goes on from the newest checkpoint that is as it was saved; those that were
@@ -74,7 +75,12 @@ class SafeCheckpointsMixin(ElasticResumeMixin, _TrainerBase):
         for folder in choice.passed_over:
             if wrong := ranks.once_for_each_storage(lambda folder=folder: move_aside(folder)):  # type: ignore[misc]
                 raise BadCheckpointError(f"{folder} is not as it was saved, and cannot be moved aside: {wrong[0]}.")
-        return self._train(str(choice.folder), *args, **kwargs)
+        given = self.args.resume_from_checkpoint
+        self.args.resume_from_checkpoint = str(choice.folder)  # for callbacks, which are told of it nowhere else
+        try:
+            return self._train(str(choice.folder), *args, **kwargs)
+        finally:
+            self.args.resume_from_checkpoint = given
 
     def _train(self, *args: Any, **kwargs: Any) -> Any:
         self._background = Background() if getattr(self.args, "async_save", False) else None
@@ -92,13 +98,6 @@ class SafeCheckpointsMixin(ElasticResumeMixin, _TrainerBase):
         if self._background is not None:
             self._background.finish()
         return super()._finalize_training(*args, **kwargs)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The stock epoch; none where the checkpoint is of the last step, after which the stock class trains another."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-        else:
-            self.control.should_training_stop = True
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)
