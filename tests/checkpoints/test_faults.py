@@ -97,7 +97,7 @@ def test_every_fault_in_every_file_is_found(copy):
     newer, older = copy / "checkpoint-4", copy / "checkpoint-2"
     names = files(newer)
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "loss.json",
-            "config.json", "training_args.bin", "ema.safetensors", "saved_on.json",
+            "config.json", "training_args.bin", "ema.safetensors", "resume.json", "saved_on.json",
             "manifest.json"} == set(map(str, names))  # fmt: skip
     tried = found = 0
     for name in names:
