@@ -71,7 +71,7 @@ def test_a_missing_label_is_named_by_its_row():
 
 @pytest.mark.parametrize("values", [["a", "b"], [{"x": 1}, {"x": 2}]])
 def test_what_is_no_number_is_refused(values):
-    with pytest.raises(ValueError, match="'label' holds .* a label is a number"):
+    with pytest.raises(ValueError, match="'label' holds .* labels are whole numbers or texts"):
         column_labels(Dataset.from_dict({"label": values}), "label")
 
 

@@ -143,7 +143,8 @@ def _integer_classes(splits: DatasetDict, column: str) -> list[str]:
     else:
         names = [str(value) for value in range(len(classes))]
     if len(classes) == 1:
-        raise ValueError(f"every label of its train split is {classes[0]}: there is nothing to classify.")
+        only = names[classes[0]] if classes[0] in range(len(names)) else str(classes[0])
+        raise ValueError(f"every label of its train split is {only!r}: there is nothing to classify.")
     for split, values in labels.items():
         outside = ((values < 0) | (values >= len(names))).nonzero()
         if len(outside):

@@ -196,7 +196,7 @@ DATA = [
     data(
         "one class alone",
         jsonl(*[row for row in ROWS if row["label"]]),
-        "dataset 'bad.jsonl': every label of its train split is 1: there is nothing",
+        "dataset 'bad.jsonl': every label of its train split is '1': there is nothing",
     ),
     data(
         "text labels with an empty one",
