@@ -86,6 +86,8 @@ def test_out_of_file_handles(trainer):
     assert "checkpoint-1" in names(run.args.output_dir)
     assert not verify(Path(run.args.output_dir) / "checkpoint-1")
     assert "checkpoint-2" not in names(run.args.output_dir)
+    trainer(**OPTIONS).train(resume_from_checkpoint=True)
+    assert names(run.args.output_dir) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EROFS])
