@@ -178,7 +178,7 @@ def test_a_second_ctrl_c_ends_at_once(trainer, tmp_path):
 def test_the_checkpoint_stays_beside_the_best(tmp_path):
     """The stock end removes all but the best where `save_total_limit` is 1, and loads that."""
     run = make(
-        tmp_path, callbacks=[Sends(signal.SIGTERM, 5)], save_strategy="steps", save_steps=2, save_total_limit=1,
+        tmp_path, callbacks=[Sends(signal.SIGTERM, 5)], save_strategy="steps", save_steps=3, save_total_limit=1,
         load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True, learning_rate=1e-3,
     )  # fmt: skip
     run.train()
