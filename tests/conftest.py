@@ -24,7 +24,7 @@ LAUNCHES = (
     "checkpoints/test_background.py", "checkpoints/test_elastic.py", "checkpoints/test_exact_resume.py",
     "checkpoints/test_export.py", "checkpoints/test_kills.py", "checkpoints/test_on_ranks.py", "distributed/",
     "optim/test_engines.py", "parity/test_launched_modes.py", "parity/test_records_of_scripts.py", "rehearsal/",
-    "test_examples.py", "test_launches.py", "test_lr_finder.py", "test_readme.py",
+    "test_examples.py", "test_launches.py", "test_lost_ranks.py", "test_lr_finder.py", "test_readme.py",
 )  # fmt: skip
 VOCABULARY = 40
 SIZES = {

@@ -27,6 +27,7 @@ from trainer_ext.engine import (
 )
 from trainer_ext.exact_loss import ExactLossMixin
 from trainer_ext.lean_step import LeanStepMixin
+from trainer_ext.lost_ranks import lost_ranks, wait_as_long_as_asked
 from trainer_ext.optim.factory import brings_own_groups, build_optimizer
 from trainer_ext.optim.freezing import freeze
 from trainer_ext.optim.groups import assign, groups
@@ -58,10 +59,10 @@ class CustomTrainer(SafeCheckpointsMixin, ExactLossMixin, LeanStepMixin, Trainer
                 "optimizer_cls_and_kwargs=(class, kwargs) instead."
             )
         self._rate, self._group_rates = 0.0, dict[str, float]()  # of the step that is logged next
-        if max_time := getattr(self.args, "max_time", None):
-            self.add_callback(TimeLimit(max_time))
         self._stop_on_signal = StopOnSignal()
-        self.add_callback(self._stop_on_signal)
+        max_time = getattr(self.args, "max_time", None)
+        ours = [self._stop_on_signal, *([TimeLimit(max_time)] if max_time else [])]
+        self.callback_handler.callbacks[1:1] = ours  # behind what asks for a save on schedule, before the user's
         if type(self).create_optimizer_and_scheduler is not CustomTrainer.create_optimizer_and_scheduler:
             self._in_combined_override = False
             self._own_create_optimizer = self.create_optimizer
@@ -73,6 +74,7 @@ class CustomTrainer(SafeCheckpointsMixin, ExactLossMixin, LeanStepMixin, Trainer
         if self.is_deepspeed_enabled and self.args.device.type == "cpu":
             remove_at_exit()
         check_engine(self)
+        wait_as_long_as_asked(self)
         refuse_zenflow(self)
         checkpoint_with_dropout_masks(self)
         materialise_new_weights(self)
@@ -86,9 +88,17 @@ class CustomTrainer(SafeCheckpointsMixin, ExactLossMixin, LeanStepMixin, Trainer
         return next(filter(None, said), None)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The stock training, which SIGTERM, SIGINT, SIGUSR1 and a file `STOP` end with a checkpoint (`stopped_by`)."""
+        """The stock training, which SIGTERM, SIGINT, SIGUSR1 and a file `STOP` end with a checkpoint (`stopped_by`).
+
+        Raises:
+            RankLostError: Another rank is dead or hangs.
+        """
         try:
             return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if lost := lost_ranks(error, self._stop_on_signal.group):
+                raise lost from error
+            raise
         finally:
             self._stop_on_signal.put_back()
 

@@ -51,9 +51,9 @@ def digest(tensors):
     return found.hexdigest()
 
 
-def data(*, without_bad_steps=False, bad_steps=BAD_STEPS):
+def data(*, without_bad_steps=False, bad_steps=BAD_STEPS, steps=STEPS):
     """Rows in order, of which those of the bad steps hold one that is poisoned, or are left out by hand."""
-    table = rows(STEPS * ROWS_OF_A_STEP)
+    table = rows(steps * ROWS_OF_A_STEP)
     bad = {(step - 1) * ROWS_OF_A_STEP + BAD_ROW for step in bad_steps}
     ids = [[POISON, *row[1:]] if i in bad else row for i, row in enumerate(table["input_ids"])]
     table = table.remove_columns("input_ids").add_column("input_ids", ids)

@@ -7,6 +7,7 @@ rank's process id is in `OUT.pids/RANK`, and the last finished step in `OUT.step
 """
 
 import os
+import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -22,19 +23,21 @@ from trainer_ext.callbacks.stop_on_signal import EXIT_CODE
 from trainer_ext.checkpoints.manifest import verify
 from trainer_ext.checkpoints.resume import checkpoints_in
 from trainer_ext.engine import full_parameters, runs_on
+from trainer_ext.rehearsal.processes import free_port
 
 STEPS = 8
+ROOT = Path(__file__).parents[2]
 RANK = int(os.environ.get("RANK", "0"))
 
 
 class Sends(TrainerCallback):
-    """A real signal to this process, at the end of a step."""
+    """A real signal to this process, in a step."""
 
     def __init__(self, number, step):
         self.number, self.step = number, step
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
             os.kill(os.getpid(), self.number)
 
 
@@ -69,7 +72,7 @@ def weights(trainer):
 
 
 def stop_and_resume(out, number, step, deepspeed=None):
-    """A signal to rank 1 alone after a step; the run that it stopped, its continuation, and one that nothing stops."""
+    """A signal to rank 1 alone in a step; the run that it stopped, its continuation, and one that nothing stops."""
     settle_on_cpu(deepspeed)
     rank = int(os.environ["RANK"])
     stopped = make(out, callbacks=[Sends(number, step)] if rank else [], deepspeed=deepspeed)
@@ -91,12 +94,34 @@ def stop_and_resume(out, number, step, deepspeed=None):
     }
 
 
+def torchrun():
+    return [
+        "torchrun",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+        "-m",
+        "tests.callbacks.stopped_run",
+    ]
+
+
+def started(tmp_path, *words):
+    """A command in a session of its own, once its ranks have taken a step."""
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True, cwd=ROOT)
+    waited = time.monotonic() + 120
+    while not (tmp_path / "run.step").exists() and process.poll() is None and time.monotonic() < waited:
+        time.sleep(0.1)
+    return process
+
+
 def main(**options):
     out, config = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None
     settle_on_cpu(config)
     pids = Path(f"{out}.pids")
     pids.mkdir(exist_ok=True)
-    run = make(out, callbacks=[Slow()], deepspeed=config, max_steps=40, **options)
+    run = make(out, callbacks=[Slow()], deepspeed=config, max_steps=40, ddp_timeout=8, **options)
     (pids / str(RANK)).write_text(str(os.getpid()))
     run.train(resume_from_checkpoint=bool(checkpoints_in(out)))
     sys.exit(EXIT_CODE if run.stopped_by else 0)

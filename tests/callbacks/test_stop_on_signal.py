@@ -13,7 +13,7 @@ import pytest
 from transformers import TrainerCallback
 
 from tests.callbacks.processes import DEEPSPEED, FSDP2, run_ranks, zero
-from tests.callbacks.stopped_run import STEPS, Sends, make, stop_and_resume, weights
+from tests.callbacks.stopped_run import STEPS, Sends, make, started, stop_and_resume, torchrun, weights
 from trainer_ext import CustomTrainer
 from trainer_ext.callbacks import stop_on_signal
 from trainer_ext.callbacks.stop_on_signal import EXIT_CODE, SIGNALS, STOP_FILE
@@ -22,24 +22,11 @@ from trainer_ext.checkpoints.manifest import verify
 from trainer_ext.engine import REHEARSING
 from trainer_ext.rehearsal.processes import free_port
 
-ROOT = Path(__file__).parents[2]
 ENGINES = {
     "ddp": ({}, None, "DistributedDataParallel"),
     "zero2": (DEEPSPEED, zero(2), "DeepSpeedEngine"),
     "fsdp2": ({**FSDP2, REHEARSING: "on the CPU"}, None, "FSDPBertForSequenceClassification"),
 }
-
-
-def torchrun():
-    return [
-        "torchrun",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-        "-m",
-        "tests.callbacks.stopped_run",
-    ]
 
 
 def deepspeed():
@@ -54,16 +41,6 @@ LAUNCHERS = {"torchrun": (torchrun, {1}), "deepspeed": (deepspeed, {0, 1, EXIT_C
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-def started(tmp_path, *words):
-    """A command in a session of its own, once its ranks have taken a step."""
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True, cwd=ROOT)
-    waited = time.monotonic() + 120
-    while not (tmp_path / "run.step").exists() and process.poll() is None and time.monotonic() < waited:
-        time.sleep(0.1)
-    return process
 
 
 class WritesStop(TrainerCallback):
@@ -201,7 +178,7 @@ def test_a_second_ctrl_c_ends_at_once(trainer, tmp_path):
 def test_the_checkpoint_stays_beside_the_best(tmp_path):
     """The stock end removes all but the best where `save_total_limit` is 1, and loads that."""
     run = make(
-        tmp_path, callbacks=[Sends(signal.SIGTERM, 5)], save_strategy="steps", save_steps=2, save_total_limit=1,
+        tmp_path, callbacks=[Sends(signal.SIGTERM, 5)], save_strategy="steps", save_steps=3, save_total_limit=1,
         load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True, learning_rate=1e-3,
     )  # fmt: skip
     run.train()

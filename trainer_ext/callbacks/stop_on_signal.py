@@ -41,6 +41,7 @@ class StopOnSignal(TrainerCallback):
 
     Attributes:
         stopped_by: `"SIGTERM"`, `"SIGINT"`, `"SIGUSR1"` or `"STOP"` once it has ended the training, else None.
+        group: Over which several ranks talk while they train.
     """
 
     def __init__(self) -> None:
@@ -49,7 +50,7 @@ class StopOnSignal(TrainerCallback):
         self._interrupted: float | None = None
         self._next_look = 0.0
         self._kept: dict[signal.Signals, Any] = {}
-        self._group: Any = None
+        self.group: Any = None
         self._asked: tuple[Any, torch.Tensor] | None = None
 
     def on_train_begin(
@@ -60,7 +61,7 @@ class StopOnSignal(TrainerCallback):
         self.stopped_by, self._heard, self._interrupted, self._next_look = None, 0, None, 0.0
         if args.world_size > 1:
             timeout = timedelta(seconds=args.ddp_timeout)
-            self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+            self.group = torch.distributed.new_group(backend="gloo", timeout=timeout)
         if threading.current_thread() is threading.main_thread():
             free = [number for number in SIGNALS if signal.getsignal(number) in UNTOUCHED]
             self._kept = {number: signal.signal(number, self._hear) for number in free}
@@ -74,10 +75,10 @@ class StopOnSignal(TrainerCallback):
         """Tell the other ranks, while the step is on."""
         if state.is_world_process_zero:
             self._look_for_file(args)
-        if self._group is not None:
+        if self.group is not None:
             said = torch.tensor([self._heard], dtype=torch.int32)
             largest = torch.distributed.ReduceOp.MAX
-            self._asked = torch.distributed.all_reduce(said, largest, self._group, async_op=True), said
+            self._asked = torch.distributed.all_reduce(said, largest, self.group, async_op=True), said
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -118,9 +119,9 @@ class StopOnSignal(TrainerCallback):
         """Have the handlers that were there before."""
         while self._kept:
             signal.signal(*self._kept.popitem())
-        if self._group is not None:
-            torch.distributed.destroy_process_group(self._group)
-            self._group = self._asked = None
+        if self.group is not None:
+            torch.distributed.destroy_process_group(self.group)
+            self.group = self._asked = None
 
     def _hear(self, number: int, frame: object) -> None:
         if number == signal.SIGINT:

@@ -85,15 +85,15 @@ class Save:
     def give_up(self, reason: object) -> "CheckpointNotSavedError":
         """Remove what was written, and say so."""
         shutil.rmtree(self.staging, ignore_errors=True)
-        run_dir = self.place.parent
-        kept = checkpoints_in(run_dir)
-        before = f"{kept[0]} is as it was" if kept else "no other checkpoint is there yet"
+        run_dir, later = self.place.parent, " when the next save begins" if self.staging.exists() else ""
         try:
+            kept = checkpoints_in(run_dir)
+            before = f"{kept[0]} is as it was" if kept else "no other checkpoint is there yet"
             room = f"; {shutil.disk_usage(run_dir).free / 1e6:,.0f} MB are free there"
-        except OSError:
-            room = ""
+        except OSError:  # such as no file handle to look with
+            before, room = "those before it are as they were", ""
         return CheckpointNotSavedError(
-            f"{self.place} was not saved: {reason}. What was written of it is removed{room}; {before}."
+            f"{self.place} was not saved: {reason}. What was written of it is removed{later}{room}; {before}."
         )
 
     def _together(self, how: Callable[[Callable[[], None]], list[str]], action: Callable[[], None]) -> None:
