@@ -136,6 +136,15 @@ class CustomTrainingArguments(TrainingArguments):
         },
     )
 
+    on_non_finite: str = field(
+        default="raise",
+        metadata={
+            "help": "What a step whose loss or gradient is NaN or infinite does, which changes no weight: 'raise' ends the "
+            "run, 'skip' goes on without the step, 'ignore' is the stock class's way, which takes it.",
+            "choices": ["raise", "skip", "ignore"],
+        },
+    )
+
     def __post_init__(self) -> None:
         settle_on_cpu(self)
         if findings := self._json_findings():
@@ -180,6 +189,8 @@ class CustomTrainingArguments(TrainingArguments):
                 "trainer"
             )
         findings += self._settle_groups()
+        if self.on_non_finite not in ("raise", "skip", "ignore"):
+            findings.append(f"on_non_finite={self.on_non_finite!r} must be 'raise', 'skip' or 'ignore'.")
         if self.max_time is not None:
             try:
                 TimeLimit(self.max_time)

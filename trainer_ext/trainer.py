@@ -7,11 +7,12 @@ from accelerate.utils import DeepSpeedSchedulerWrapper, DummyOptim
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from trainer_ext.arguments import asks_for_groups, group_options, own_optimizer
+from trainer_ext.callbacks.non_finite_guard import NonFiniteGuard
 from trainer_ext.callbacks.stop_on_signal import StopOnSignal
 from trainer_ext.callbacks.time_limit import TimeLimit
 from trainer_ext.checkpoints.description import save_description
@@ -61,7 +62,9 @@ class CustomTrainer(SafeCheckpointsMixin, ExactLossMixin, LeanStepMixin, Trainer
         self._rate, self._group_rates = 0.0, dict[str, float]()  # of the step that is logged next
         self._stop_on_signal = StopOnSignal()
         max_time = getattr(self.args, "max_time", None)
-        ours = [self._stop_on_signal, *([TimeLimit(max_time)] if max_time else [])]
+        ours: list[TrainerCallback] = [self._stop_on_signal, *([TimeLimit(max_time)] if max_time else [])]
+        if (action := getattr(self.args, "on_non_finite", "raise")) != "ignore" and self._can_be_guarded():
+            ours.append(NonFiniteGuard(action))
         self.callback_handler.callbacks[1:1] = ours  # behind what asks for a save on schedule, before the user's
         if type(self).create_optimizer_and_scheduler is not CustomTrainer.create_optimizer_and_scheduler:
             self._in_combined_override = False
@@ -79,6 +82,19 @@ class CustomTrainer(SafeCheckpointsMixin, ExactLossMixin, LeanStepMixin, Trainer
         checkpoint_with_dropout_masks(self)
         materialise_new_weights(self)
         shard_blocks_without_embeddings(self)
+
+    def add_callback(self, callback: Any) -> None:
+        """The stock method; a `NonFiniteGuard` takes the place of the one that `on_non_finite` has set."""
+        if isinstance(callback, NonFiniteGuard) or callback is NonFiniteGuard:
+            self.remove_callback(NonFiniteGuard)
+        super().add_callback(callback)
+
+    def _can_be_guarded(self) -> bool:
+        """Whether `NonFiniteGuard` knows the run, and there is none yet; fp16 leaves out such steps itself."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        steps_in_backward = plugin is not None and plugin.zero_stage == 0
+        there = any(isinstance(callback, NonFiniteGuard) for callback in self.callback_handler.callbacks)
+        return not (self.args.fp16 or self.args.n_gpu > 1 or steps_in_backward or there)
 
     @property
     def stopped_by(self) -> str | None:

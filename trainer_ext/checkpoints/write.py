@@ -11,8 +11,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from transformers.trainer_utils import sort_checkpoints
-
 from trainer_ext.checkpoints.durable import sync_folder, sync_tree, walk
 from trainer_ext.checkpoints.manifest import MANIFEST, read_manifest, write_manifest
 from trainer_ext.checkpoints.ranks import Ranks
@@ -151,16 +149,16 @@ def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
     One that is removed leaves its place at once: half of it would be the newest by its folder's time, and be kept for a
     whole one.
     """
-    found = sort_checkpoints(str(run_dir), use_mtime=True)
+    found = sorted(reversed(checkpoints_in(run_dir)), key=lambda folder: folder.stat().st_mtime)  # the oldest first
     if not limit or limit < 0 or len(found) <= limit:
         return
-    kept = {found[-1]} | ({str(Path(best))} if best else set())
+    kept = {found[-1]} | ({Path(best)} if best else set())
     surplus = len(found) - max(limit, len(kept))
     removed = run_dir / SAVING / "removed"
     removed.mkdir(parents=True, exist_ok=True)
     for folder in [path for path in found if path not in kept][:surplus]:
         with suppress(OSError):  # it stays, and the next rotation tries again
-            os.rename(folder, removed / Path(folder).name)
+            os.rename(folder, removed / folder.name)
     shutil.rmtree(run_dir / SAVING, ignore_errors=True)
 
 
