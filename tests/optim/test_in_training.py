@@ -181,7 +181,7 @@ def test_the_command_prints_the_groups(call, tmp_path):
         (("tiny", "--rules", '[{"match": "nowhere", "weight_decay": 0}]'), "matches no parameter"),
         (("tiny", "--rules", "none.json"), "neither JSON nor a file"),
         (("tiny", "--layerwise-lr-decay", "2"), "layerwise_lr_decay=2.0"),
-        (("tiny", "--model-class", "Nothing"), "'Nothing' is no class of transformers"),
+        (("tiny", "--model-class", "Nothing"), "'Nothing' is no model of transformers"),
         (("./none",), "no such checkpoint folder"),
     ],
 )

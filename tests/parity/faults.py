@@ -298,7 +298,7 @@ FAULTS = {
         (1, "loss", "another loss"), model={"dropout": 0.2}),
     "label smoothing": Fault((1, "loss", "another loss"), changes={"label_smoothing_factor": 0.1}),
     "another beta": Fault((0, "optimizer[0.betas]", "another optimizer, or other settings"), changes={"adam_beta2": 0.99}),
-    "a NaN at step 2": Fault((2, "loss", "the loss is not a number"), NanAtStepTwo),
+    "a NaN at step 2": Fault((2, "loss", "the loss is not a number"), NanAtStepTwo, changes={"on_non_finite": "ignore"}),
     "evaluation in training mode": Fault(
         (2, "evaluation 1: loss", "evaluation in training mode"), EvaluatesTrainMode),
     "the last evaluation batch twice": Fault(

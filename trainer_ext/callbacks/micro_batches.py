@@ -45,7 +45,7 @@ class MicroBatches:
 
     def __init__(self, model: nn.Module, after_backward: Callable[[], None] | None) -> None:
         self._after_backward = after_backward
-        self._hook = model.register_forward_hook(self._after_forward)
+        self._hook = model.register_forward_hook(torch.compiler.disable(self._after_forward))
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -91,9 +91,10 @@ class MicroBatches:
 
         return judge
 
-    def _keep_gradient(self, gradient: Tensor) -> None:
+    def _keep_gradient(self, gradient: Tensor | None) -> None:
         self._backward_begins()
-        self.flags.backward.append((self._number, _not_finite(gradient)))
+        if gradient is not None:  # below a compiled model's graph it may be none
+            self.flags.backward.append((self._number, _not_finite(gradient)))
 
     def _backward_begins(self) -> None:
         if not self._queued and self._after_backward is not None:

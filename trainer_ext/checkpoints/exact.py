@@ -62,7 +62,8 @@ class ExactResumeMixin(_TrainerBase):
         checkpoint = kwargs["resume_from_checkpoint"] if epoch == kwargs["epochs_trained"] else None
         taken = kwargs["steps_trained_in_current_epoch"] // self.args.gradient_accumulation_steps if checkpoint else 0
         self._epoch, self._epoch_began_at = epoch, self.state.global_step - taken
-        self._load_rng_state(checkpoint)  # the stock loop does it at the next step, which may be in another epoch
+        if checkpoint is not None:
+            self._load_rng_state(checkpoint)  # the stock loop does it at the next step, which may be in another epoch
         if saved := read_place(checkpoint):
             self._take_up(saved)
         self.control.should_training_stop |= self.state.global_step >= self.state.max_steps

@@ -14,7 +14,7 @@ from pathlib import Path
 from trainer_ext.checkpoints.durable import sync_folder, sync_tree, walk
 from trainer_ext.checkpoints.manifest import MANIFEST, read_manifest, write_manifest
 from trainer_ext.checkpoints.ranks import Ranks
-from trainer_ext.checkpoints.resume import checkpoints_in
+from trainer_ext.checkpoints.resume import checkpoints_in, step_of
 
 SAVING = (
     "_saving"  # no `checkpoint-`, which a rotation would count; uploads to the hub leave out what begins with a `_`
@@ -149,7 +149,7 @@ def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
     One that is removed leaves its place at once: half of it would be the newest by its folder's time, and be kept for a
     whole one.
     """
-    found = sorted(reversed(checkpoints_in(run_dir)), key=lambda folder: folder.stat().st_mtime)  # the oldest first
+    found = sorted(checkpoints_in(run_dir), key=lambda folder: (folder.stat().st_mtime, step_of(folder.name)))
     if not limit or limit < 0 or len(found) <= limit:
         return
     kept = {found[-1]} | ({Path(best)} if best else set())

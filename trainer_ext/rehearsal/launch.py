@@ -167,10 +167,18 @@ def _parse_launcher(launcher: str, words: list[str], environment: dict[str, str]
 
 
 def _hosts(launcher: str, found: Any) -> tuple[int, int]:
-    """Hosts, and the processes of each."""
+    """Hosts, and the processes of each.
+
+    Raises:
+        ValueError: The launcher's config says something else than numbers.
+    """
     if launcher == "accelerate.commands.launch":
-        hosts = found.num_machines or 1
-        return hosts, max(1, (found.num_processes or 1) // hosts)
+        hosts, processes = found.num_machines or 1, found.num_processes or 1
+        if not (isinstance(hosts, int) and isinstance(processes, int) and hosts > 0):
+            raise ValueError(
+                f"num_machines={hosts!r} and num_processes={processes!r} must be whole numbers, at least 1."
+            )
+        return hosts, max(1, processes // hosts)
     if launcher == "torch.distributed.run" and str(found.nnodes).isdigit() and str(found.nproc_per_node).isdigit():
         return int(found.nnodes), int(found.nproc_per_node)
     return 1, max(1, int(getattr(found, "num_gpus", 1)))
