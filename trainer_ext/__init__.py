@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from trainer_ext.callbacks.ema import EMACallback
     from trainer_ext.callbacks.gradual_unfreezing import GradualUnfreezing
     from trainer_ext.callbacks.group_norms import GroupNorms
+    from trainer_ext.callbacks.loss_spike_watch import LossSpikeWatch
     from trainer_ext.callbacks.non_finite_guard import NonFiniteError, NonFiniteGuard
     from trainer_ext.callbacks.run_summary import RunSummary
+    from trainer_ext.callbacks.stop_on_signal import StopOnSignal
     from trainer_ext.callbacks.throughput import Throughput
     from trainer_ext.callbacks.time_limit import TimeLimit
     from trainer_ext.checkpoints.resume import BadCheckpointError
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from trainer_ext.drawn_orders import ClassBalancedOrder, WeightedOrder
     from trainer_ext.exact_loss import ExactLossMixin
     from trainer_ext.losses import LOSSES, LossTerms, class_weights
+    from trainer_ext.lost_ranks import RankLostError
     from trainer_ext.lr_finder import find_learning_rate
     from trainer_ext.samplers import LengthGroupedOrder
     from trainer_ext.token_budget import TokenBudgetBatches
@@ -44,11 +47,14 @@ __all__ = [
     "GroupNorms",
     "LOSSES",
     "LengthGroupedOrder",
+    "LossSpikeWatch",
     "LossTerms",
     "NonFiniteError",
     "NonFiniteGuard",
+    "RankLostError",
     "RunSummary",
     "SafeCheckpointsMixin",
+    "StopOnSignal",
     "Throughput",
     "TimeLimit",
     "TokenBudgetBatches",
@@ -73,11 +79,14 @@ _HOMES = {
     "GroupNorms": "trainer_ext.callbacks.group_norms",
     "LOSSES": "trainer_ext.losses",
     "LengthGroupedOrder": "trainer_ext.samplers",
+    "LossSpikeWatch": "trainer_ext.callbacks.loss_spike_watch",
     "LossTerms": "trainer_ext.losses",
     "NonFiniteError": "trainer_ext.callbacks.non_finite_guard",
     "NonFiniteGuard": "trainer_ext.callbacks.non_finite_guard",
+    "RankLostError": "trainer_ext.lost_ranks",
     "RunSummary": "trainer_ext.callbacks.run_summary",
     "SafeCheckpointsMixin": "trainer_ext.checkpoints.trainer",
+    "StopOnSignal": "trainer_ext.callbacks.stop_on_signal",
     "Throughput": "trainer_ext.callbacks.throughput",
     "TimeLimit": "trainer_ext.callbacks.time_limit",
     "TokenBudgetBatches": "trainer_ext.token_budget",
