@@ -34,7 +34,7 @@ LAW = {  # who may not import what
     "checkpoints/resume.py": HEAVY,
     "checkpoints/write.py": HEAVY,
     "configs": HEAVY,
-    "cli.py": HEAVY,
+    "cli": HEAVY,
     "__init__.py": HEAVY,
     "sample.py": HEAVY,
 }
