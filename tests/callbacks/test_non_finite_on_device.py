@@ -50,3 +50,33 @@ def test_an_optimizer_without_it_is_looked_after_by_the_host():
 
 def test_a_guarded_run_is_the_run(clean):
     assert train(NonFiniteGuard(), table=data(bad_steps=(), steps=STEPS), **OPTIONS) == {**clean, "skipped": 0}
+
+
+def test_custom_trainer_has_it_by_itself(clean):
+    ended = train(None, table=data(bad_steps=(3,), steps=STEPS), **OPTIONS)
+    assert "NonFiniteGuard: the loss or gradient of step 3 is not finite" in ended["error"]
+    assert ended["weights"][-1] == clean["weights"][2]
+
+
+def guards_of(trainer):
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, NonFiniteGuard)]
+
+
+@pytest.mark.parametrize(("asked", "actions"), [("raise", ["raise"]), ("skip", ["skip"]), ("ignore", [])])
+def test_on_non_finite(trainer, asked, actions):
+    assert [guard.action for guard in guards_of(trainer(on_non_finite=asked))] == actions
+
+
+def test_one_that_is_passed_takes_its_place(trainer):
+    passed, added = NonFiniteGuard("skip"), NonFiniteGuard("skip", max_consecutive=3)
+    run = trainer(callbacks=[passed])
+    assert guards_of(run) == [passed]
+    run.add_callback(added)
+    assert guards_of(run) == [added]
+    run.add_callback(NonFiniteGuard)
+    assert [guard.action for guard in guards_of(run)] == ["raise"]
+
+
+def test_a_mistake_in_it(trainer):
+    with pytest.raises(ValueError, match="on_non_finite='halt' must be 'raise', 'skip' or 'ignore'"):
+        trainer(on_non_finite="halt")
