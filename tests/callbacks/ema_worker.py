@@ -18,6 +18,7 @@ from tests.conftest import logged, rows, tiny_model
 from trainer_ext import CustomTrainer, CustomTrainingArguments
 from trainer_ext.callbacks.ema import EMACallback
 from trainer_ext.callbacks.shards import Shards, find_shards
+from trainer_ext.checkpoints.manifest import write_manifest
 from trainer_ext.engine import count_elements, full_parameters, runs_on
 
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -97,6 +98,7 @@ def refusal(out, config):
     checkpoint = out / f"checkpoint-{SAVED}"
     if RANK == 0:
         max(checkpoint.glob("ema*")).unlink()
+        write_manifest(checkpoint)
     if RANKS > 1:
         torch.distributed.barrier()
     try:
