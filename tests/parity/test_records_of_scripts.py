@@ -155,7 +155,7 @@ def test_nothing_on_disk_is_lost(call, stock, tmp_path):
         (stock[1], [], "is taken"),
         (tmp_path / "record", ["--resumed"], "has no trajectory.jsonl to go on with"),
     ):
-        found = call("parity", "record", "--output", folder, *options, "--", "python", "s.py")
+        found = call("parity", "record", "--output", folder, *options, "--", "python", "examples/run_mrpc.py")
         assert found.exit_code == 2
         assert says in " ".join(found.output.split())
     assert (tmp_path / "record" / "thesis.tex").read_text() == "x"

@@ -157,7 +157,7 @@ def test_a_folder_with_a_run_is_refused(tmp_path):
     [
         ([], ["srun", "s.py"], "'srun' is no launcher"),
         ([], [], "no command is given"),
-        ([], ["python", "s.py"], "python starts one process, and 2 are asked for"),
+        ([], ["python", "examples/run_mrpc.py"], "python starts one process, and 2 are asked for"),
         (["--steps", "1"], ["torchrun", "s.py"], "--steps"),
         ([], ["deepspeed", "s.py", "--deepspeed", "nowhere.json"], "DeepSpeed config nowhere.json"),
         ([], ["torchrun"], "are required: training_script"),
