@@ -167,7 +167,7 @@ def test_numbers_that_are_not_finite_are_told(trainer, tmp_path):
         def compute_loss(self, *args, **kwargs):
             return super().compute_loss(*args, **kwargs) * float("nan")
 
-    run = trainer(Nan)
+    run = trainer(Nan, on_non_finite="ignore")
     recorder = TrainerRecorder(run, tmp_path / "record")
     run.train()
     found = recorder.finish()
