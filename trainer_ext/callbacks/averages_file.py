@@ -84,19 +84,15 @@ def find_averages(args: TrainingArguments, part: Part, *, run: str, step: int) -
         if not (folder / part.name).is_file():
             said.append(missing(folder, part))
             continue
-        if has_averages(folder, part, run=run, step=step):
+        with safe_open(folder / part.name, framework="pt") as file:
+            saved = file.metadata()
+        if saved == {"run": run, "step": str(step)}:
             return folder
-        said.append(f"{folder / part.name} is of another run (step {_metadata(folder / part.name)['step']})")
+        said.append(f"{folder / part.name} is of another run (step {saved['step']})")
     raise ValueError(
         f"the averages of step {step}, from which this run goes on, are not found: {'; '.join(said)}. Set "
         "args.resume_from_checkpoint to the folder that train(resume_from_checkpoint=...) is given."
     )
-
-
-def has_averages(folder: Path, part: Part, *, run: str, step: int) -> bool:
-    """Whether a checkpoint has the averages of a run and a step."""
-    file = folder / part.name
-    return file.is_file() and _metadata(file) == {"run": run, "step": str(step)}
 
 
 def missing(folder: Path, part: Part) -> str:
@@ -105,8 +101,3 @@ def missing(folder: Path, part: Part) -> str:
     if others:
         return f"{folder} has {', '.join(others)} of as many ranks, and this run needs {part.name}"
     return f"{folder} has no {part.name}"
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata())
