@@ -1,10 +1,14 @@
-"""What every test needs: no hub, one thread, and a classifier and rows that are made in a moment."""
+"""What every test needs: no hub, one thread, the environment's own tools, and a classifier and rows that are made in a moment."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The launchers are this environment's, whether or not it is activated.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 import pytest
 import torch
