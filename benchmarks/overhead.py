@@ -1,20 +1,20 @@
 """What a step costs besides its arithmetic: a plain PyTorch loop, and those who do the loop for you.
 
 One model so small that the arithmetic does not hide the rest: a BERT of one layer, on one thread. All arms train the same
-rows in the same order with fused AdamW, a linear schedule and clipping, in float32. A clock in the model reads the time
-at the first forward after `WARM_UP` steps and `STEPS` forwards later, so that whatever a framework does in a step counts,
-and what it does before and after does not.
+rows in the same order with fused AdamW, a linear schedule and clipping, in float32. Each is a process of its own, all are
+on one core, and they take turns of `STEPS` steps; a turn ends as a forward begins, so that whatever a framework does in a
+step counts, and what it does before and after training does not.
 
-    python benchmarks/overhead.py [--rounds 8]
+    python benchmarks/overhead.py [--rounds 60] [--arms Trainer CustomTrainer]
 
-Prints a Markdown table and writes `runs/bench/overhead.json`. The peers are looked for in `runs/peers`, where `make bench`
-puts them.
+Prints a Markdown table, and what each adds to the plain loop as a ratio to what `Trainer` adds; writes
+`benchmarks/results/overhead.json` when all arms have run. The peers are looked for in `runs/peers`, where `make bench` puts
+them.
 """
 
 import argparse
 import logging
 import sys
-import time
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,36 +28,32 @@ from transformers import logging as transformers_logging
 ROOT = Path(__file__).parent.parent
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "runs" / "peers")]
 
-from pairs import ROUNDS, measure, write  # noqa: E402
+from pairs import Segments, added, pin_to_one_core, table, take_turns, write  # noqa: E402
 
 from trainer_ext import CustomTrainer, CustomTrainingArguments  # noqa: E402
 
 LAYERS, HIDDEN, VOCABULARY = 1, 16, 100
 BATCH, LENGTH = 4, 8
-WARM_UP, STEPS = 30, 300
+WARM_UP, STEPS = 30, 20
+ROUNDS = 60  # turns of each, the first of them dropped
 RATE, CLIP = 1e-3, 1.0
+MOST_STEPS = 10_000
 
 
 class Clock:
-    """Reads the time as a forward of `model` begins."""
+    """Ends a turn after each `STEPS` forwards of `model`."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.forwards = 0
-        self.read: dict[int, tuple[float, float]] = {}
+        self._forwards, self._segments = 0, Segments()
         model.register_forward_pre_hook(self._begins)
 
     def _begins(self, *_: Any) -> None:
-        if self.forwards in (WARM_UP, WARM_UP + STEPS):
-            self.read[self.forwards] = time.process_time(), time.perf_counter()
-        self.forwards += 1
-
-    def seconds(self) -> dict[str, float]:
-        """Of one step."""
-        start, end = self.read.values()
-        return {"cpu": (end[0] - start[0]) / STEPS, "wall": (end[1] - start[1]) / STEPS}
+        if self._forwards >= WARM_UP and (self._forwards - WARM_UP) % STEPS == 0:
+            self._segments.next()
+        self._forwards += 1
 
 
-def model() -> tuple[BertForSequenceClassification, Clock]:
+def model() -> BertForSequenceClassification:
     torch.manual_seed(0)
     made = BertForSequenceClassification(
         BertConfig(
@@ -69,12 +65,13 @@ def model() -> tuple[BertForSequenceClassification, Clock]:
             max_position_embeddings=LENGTH,
         )
     )
-    return made.train(), Clock(made)
+    Clock(made)
+    return made.train()
 
 
 def rows() -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, VOCABULARY, (BATCH * (WARM_UP + STEPS + 1), LENGTH), generator=generator)
+    ids = torch.randint(5, VOCABULARY, (BATCH * MOST_STEPS, LENGTH), generator=generator)
     return [
         {"input_ids": row, "attention_mask": torch.ones(LENGTH).long(), "labels": int(row.sum() % 2)} for row in ids
     ]
@@ -93,8 +90,8 @@ def optimiser(trained: torch.nn.Module) -> tuple[Any, Any]:
     return made, torch.optim.lr_scheduler.LambdaLR(made, lambda step: 1 - step / TOTAL)
 
 
-def plain_loop() -> dict[str, float]:
-    trained, clock = model()
+def plain_loop() -> None:
+    trained = model()
     optimizer, schedule = optimiser(trained)
     for batch in loader():
         trained(**batch).loss.backward()
@@ -102,13 +99,12 @@ def plain_loop() -> dict[str, float]:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return clock.seconds()
 
 
-def accelerate_loop() -> dict[str, float]:
+def accelerate_loop() -> None:
     from accelerate import Accelerator
 
-    accelerator, (trained, clock) = Accelerator(cpu=True), model()
+    accelerator, trained = Accelerator(cpu=True), model()
     wrapped, optimizer, batches, schedule = accelerator.prepare(trained, *_reordered(trained))
     for batch in batches:
         with accelerator.accumulate(wrapped):
@@ -117,7 +113,6 @@ def accelerate_loop() -> dict[str, float]:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-    return clock.seconds()
 
 
 def _reordered(trained: torch.nn.Module) -> tuple[Any, Any, Any]:
@@ -125,18 +120,17 @@ def _reordered(trained: torch.nn.Module) -> tuple[Any, Any, Any]:
     return optimizer, loader(), schedule
 
 
-def by_trainer(cls: type[Trainer]) -> dict[str, float]:
-    trained, clock = model()
+def by_trainer(cls: type[Trainer]) -> None:
+    trained = model()
     with TemporaryDirectory() as folder:
         args = CustomTrainingArguments(
             folder, per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=RATE, max_grad_norm=CLIP,
-            use_cpu=True, save_strategy="no", report_to="none", logging_steps=100, dataloader_pin_memory=False,
+            use_cpu=True, save_strategy="no", report_to="none", dataloader_pin_memory=False,
             disable_tqdm=True, log_level="error",
         )  # fmt: skip
         trainer = cls(trained, args, default_data_collator, ROWS)
         trainer.remove_callback(_printer())
         trainer.train()
-    return clock.seconds()
 
 
 def _printer() -> Any:
@@ -145,18 +139,18 @@ def _printer() -> Any:
     return PrinterCallback
 
 
-def stock_trainer() -> dict[str, float]:
-    return by_trainer(Trainer)
+def stock_trainer() -> None:
+    by_trainer(Trainer)
 
 
-def custom_trainer() -> dict[str, float]:
-    return by_trainer(CustomTrainer)
+def custom_trainer() -> None:
+    by_trainer(CustomTrainer)
 
 
-def fabric_loop() -> dict[str, float]:
+def fabric_loop() -> None:
     from lightning.fabric import Fabric
 
-    fabric, (trained, clock) = Fabric(accelerator="cpu", devices=1), model()
+    fabric, trained = Fabric(accelerator="cpu", devices=1), model()
     optimizer, schedule = optimiser(trained)
     wrapped, wrapped_optimizer = fabric.setup(trained, optimizer)
     for batch in fabric.setup_dataloaders(loader()):
@@ -165,16 +159,15 @@ def fabric_loop() -> dict[str, float]:
         wrapped_optimizer.step()
         schedule.step()
         wrapped_optimizer.zero_grad()
-    return clock.seconds()
 
 
-def lightning_trainer() -> dict[str, float]:
+def lightning_trainer() -> None:
     import lightning
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.trained, self.clock = model()
+            self.trained = model()
 
         def training_step(self, batch: Any, index: int) -> Any:
             loss = self.trained(**batch).loss
@@ -188,13 +181,12 @@ def lightning_trainer() -> dict[str, float]:
     module = Module()
     trainer = lightning.Trainer(
         accelerator="cpu", devices=1, max_epochs=1, gradient_clip_val=CLIP, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=100,
+        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=500,
     )  # fmt: skip
     trainer.fit(module, loader())
-    return module.clock.seconds()
 
 
-def accelerated_trainer() -> dict[str, float]:
+def accelerated_trainer() -> None:
     from pytorch_accelerated import Trainer as Accelerated
     from pytorch_accelerated.callbacks import TerminateOnNaNCallback
 
@@ -204,7 +196,7 @@ def accelerated_trainer() -> dict[str, float]:
                 "loss": self.model(**batch).loss, "model_outputs": None, "batch_size": batch["labels"].size(0),
             }  # fmt: skip
 
-    trained, clock = model()
+    trained = model()
     optimizer, schedule = optimiser(trained)
     trainer = Own(trained, loss_func=None, optimizer=optimizer, callbacks=(TerminateOnNaNCallback,))
     trainer.train(
@@ -212,11 +204,11 @@ def accelerated_trainer() -> dict[str, float]:
         create_scheduler_fn=lambda _: schedule,
         train_dataloader_kwargs={"num_workers": 0, "pin_memory": False, "shuffle": True},
     )  # fmt: skip
-    return clock.seconds()
 
 
+BASE = "plain PyTorch"
 ARMS = {
-    "plain PyTorch": plain_loop,
+    BASE: plain_loop,
     "accelerate": accelerate_loop,
     "Trainer": stock_trainer,
     "CustomTrainer": custom_trainer,
@@ -229,13 +221,29 @@ ARMS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS), help="beside the plain loop")
+    parser.add_argument("--run", choices=ARMS, help=argparse.SUPPRESS)  # in an arm's own process
+    asked = parser.parse_args()
+    pin_to_one_core()
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("lightning").setLevel(logging.ERROR)
-    about = {"BERT layers": LAYERS, "hidden": HIDDEN, "batch": BATCH, "length": LENGTH, "steps": STEPS}
-    write(measure(ARMS, "plain PyTorch", rounds=rounds, about=about), Path("runs/bench/overhead.json"))
+    if asked.run:
+        warnings.simplefilter("ignore")
+        transformers_logging.set_verbosity_error()
+        logging.getLogger("lightning").setLevel(logging.ERROR)
+        ARMS[asked.run]()
+        return
+    programs = {name: [sys.executable, __file__, "--run", name] for name in ARMS if name in (BASE, *asked.arms)}
+    about = {"BERT layers": LAYERS, "hidden": HIDDEN, "batch": BATCH, "length": LENGTH, "steps a turn": STEPS}
+    found = take_turns(programs, BASE, rounds=asked.rounds, about=about)
+    if "Trainer" in programs:
+        found["added"] = {kind: added(found, "Trainer", kind) for kind in found["runs"][0][BASE]}
+    print(table(found, scale=1000 / STEPS))
+    for kind, ratios in found.get("added", {}).items():
+        print(
+            f"\nadded {kind} time, to Trainer's: {', '.join(f'{name} {ratio:.2f}' for name, ratio in ratios.items())}"
+        )
+    if len(programs) == len(ARMS):
+        write(found, "overhead")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,26 @@
 """Arms that take turns: what one costs as a ratio to another, beside how far two runs of the same arm are apart.
 
-Arms go in, each a function that runs once and returns its seconds; a table and a JSON file come out.
+Arms go in; a table and a JSON file in `benchmarks/results` come out. An arm is a function that runs once and returns its
+seconds,
 
-    found = measure({"loop": run_loop, "trainer": run_trainer}, base="loop")
-    write(found, Path("runs/bench/overhead.json"))
+    write(measure({"loop": run_loop, "trainer": run_trainer}, base="loop"), "overhead")
+
+or a program that is begun once, and goes on for a segment whenever it is its turn (`take_turns`, and `Segments` inside of
+it): segments of some ten milliseconds are so near each other in time that a machine whose speed wanders shows in none of
+their ratios.
 
 Every round runs each arm once, in an order that turns from round to round, and the base a second time: the control. The
-first round is dropped. A ratio is of two runs of one round, so that a machine that slows down slows both. Where the
-control's median is more than `CONTROL` from 1 the machine was not quiet enough for the figures to be quoted, and the table
-says so.
+first round is dropped. A ratio is of two runs of one round. Where the control's median is more than `CONTROL` from 1 the
+machine was not quiet enough for the figures to be quoted, and the table says so.
 """
 
 import gc
 import json
-from collections.abc import Callable, Mapping
+import os
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -22,6 +29,7 @@ from typing import Any
 from trainer_ext.parity.environment import environment
 
 ROUNDS = 8  # the first of them dropped
+RESULTS = Path(__file__).parent / "results"
 CONTROL = 0.02
 AGAIN = ", again"
 
@@ -47,34 +55,128 @@ def measure(
         The record: `seconds` and `ratios` by arm and kind, each with minimum, median and maximum, and every run.
     """
     named = {**arms, base + AGAIN: arms[base]}
-    order, runs = list(named), []
+
+    def run(name: str) -> Seconds:
+        gc.collect()
+        return named[name]()
+
+    return record(_rounds(list(named), run, rounds), base, about)
+
+
+def take_turns(
+    programs: Mapping[str, Sequence[str]],
+    base: str,
+    *,
+    rounds: int,
+    about: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Run programs that go on in turns, all on one core; arguments and record as of `measure`.
+
+    Args:
+        programs: The command of each arm, which calls `Segments.next` at the end of each segment.
+        base: As for `measure`.
+        rounds: Segments of each arm; the first does not count.
+        about: As for `measure`.
+    """
+    with ExitStack() as running:
+        named = {name: running.enter_context(_Program(words)) for name, words in programs.items()}
+        named[base + AGAIN] = running.enter_context(_Program(programs[base]))
+        return record(_rounds(list(named), lambda name: named[name].go_on(), rounds), base, about)
+
+
+class Segments:
+    """In a program that takes turns: its clock, which stands still while others have theirs."""
+
+    def __init__(self) -> None:
+        self._heard, self._say = (
+            os.fdopen(int(os.environ[name]), mode) for name, mode in (("TURN", "r"), ("TOOK", "w"))
+        )
+        self._began: tuple[float, float] | None = None
+
+    def next(self) -> None:
+        """Say what the segment that ends here took, and wait for the next turn; the process ends where there is none."""
+        if self._began is not None:
+            took = {"cpu": time.process_time() - self._began[0], "wall": time.perf_counter() - self._began[1]}
+            print(json.dumps(took), file=self._say, flush=True)
+        if not self._heard.readline():
+            os._exit(0)
+        self._began = time.process_time(), time.perf_counter()
+
+
+class _Program:
+    """A process that goes on for a segment at a time."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        (hears, self._tell), (self._hear, says) = os.pipe(), os.pipe()
+        environment = {**os.environ, "TURN": str(hears), "TOOK": str(says)}
+        self._process = subprocess.Popen(words, env=environment, pass_fds=(hears, says), stdout=subprocess.DEVNULL)
+        os.close(hears)
+        os.close(says)
+        self._answers = os.fdopen(self._hear)
+
+    def go_on(self) -> Seconds:
+        os.write(self._tell, b"go\n")
+        if not (answer := self._answers.readline()):
+            raise RuntimeError(f"{self._process.args} has ended, with exit code {self._process.wait()}.")
+        return json.loads(answer)
+
+    def __enter__(self) -> "_Program":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._tell)
+        self._answers.close()
+        self._process.wait()
+
+
+def _rounds(names: list[str], run: Callable[[str], Seconds], rounds: int) -> list[dict[str, Seconds]]:
+    """What each took in each round but the first."""
+    runs = []
     for turn in range(rounds):
-        turned = order[turn % len(order) :] + order[: turn % len(order)]
-        found = {}
-        for name in turned:
-            gc.collect()
-            found[name] = named[name]()
-        runs.append(found)
-    kept, kinds = runs[1:], list(runs[0][base])
+        turned = names[turn % len(names) :] + names[: turn % len(names)]
+        runs.append({name: run(name) for name in turned})
+    return runs[1:]
+
+
+def record(runs: list[dict[str, Seconds]], base: str, about: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is kept of runs: `seconds` and `ratios` by arm and kind, and all that they were computed from."""
+    order, kinds = [base, *sorted(runs[0].keys() - {base}, key=list(runs[0]).index)], list(runs[0][base])
     return {
         "date": date.today().isoformat(),
         "environment": environment(),
         "about": dict(about or {}),
         "base": base,
-        "rounds": len(kept),
-        "seconds": {name: {kind: spread([run[name][kind] for run in kept]) for kind in kinds} for name in order},
+        "rounds": len(runs),
+        "seconds": {name: {kind: spread([run[name][kind] for run in runs]) for kind in kinds} for name in order},
         "ratios": {
-            name: {kind: spread([run[name][kind] / run[base][kind] for run in kept]) for kind in kinds}
+            name: {kind: spread([run[name][kind] / run[base][kind] for run in runs]) for kind in kinds}
             for name in order
             if name != base
         },
-        "runs": kept,
+        "runs": runs,
     }
 
 
 def spread(values: list[float]) -> dict[str, float]:
     """The smallest, the middle and the largest."""
     return {"min": min(values), "median": median(values), "max": max(values)}
+
+
+def added(found: Mapping[str, Any], to: str, kind: str) -> dict[str, float]:
+    """What each arm adds to the base's time, as a ratio to what the arm `to` adds: the middle of all rounds."""
+    base, runs = found["base"], found["runs"]
+    return {
+        name: median([run[name][kind] - run[base][kind] for run in runs])
+        / median([run[to][kind] - run[base][kind] for run in runs])
+        for name in found["seconds"]
+        if name != base
+    }
+
+
+def pin_to_one_core() -> None:
+    """Keep this process on one core, where the system can: else what moves it between cores shows in the times."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 def control_holds(found: Mapping[str, Any], kind: str) -> bool:
@@ -102,8 +204,8 @@ def table(found: Mapping[str, Any], *, unit: str = "ms", scale: float = 1000.0) 
     return "\n".join(lines)
 
 
-def write(found: Mapping[str, Any], path: Path, **shown: Any) -> None:
-    """Write the record as JSON, and print its table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=2) + "\n")
+def write(found: Mapping[str, Any], name: str, **shown: Any) -> None:
+    """Write the record as JSON into `RESULTS`, and print its table."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     print(table(found, **shown))

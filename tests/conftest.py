@@ -1,4 +1,4 @@
-"""What every test needs: no hub, one thread, the environment's own tools, and a classifier and rows that are made in a moment."""
+"""What every test needs: no hub, one thread, the environment's tools, and a classifier and rows made in a moment."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""A step of `LeanStepMixin` is the stock one: the same weights, the same FLOPs, and modules in the mode they had."""
+"""A step of `LeanStepMixin` is the stock one: the same weights and norms, the same FLOPs, modules in the mode they had."""
 
 import importlib.util
 
@@ -66,8 +66,106 @@ def test_every_forward_has_every_module_in_training_mode(stock, lean):
     assert lean[2] == stock[2]
 
 
-def test_train_is_the_models_own_again(lean):
-    assert "train" not in vars(lean[0].model)
+def test_methods_are_the_models_own_again(lean):
+    assert not {"train", "zero_grad"} & vars(lean[0].model).keys()
+
+
+def test_no_gradient_is_left(lean):
+    assert [name for name, parameter in lean[0].model.named_parameters() if parameter.grad is not None] == []
+
+
+class Replaces(TrainerCallback):
+    """Gives the model another head before the third step, which `SGD` trains too."""
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == 2:
+            torch.manual_seed(5)
+            model.classifier = torch.nn.Linear(16, 2)
+            optimizer.param_groups[0]["params"] += list(model.classifier.parameters())
+
+
+class Norms(LeanTrainer):
+    """Keeps what the step found out, and the gradients in float64 that it found it out of."""
+
+    def _clip_grad_norm(self, model):
+        gradients = [p.grad.double().clone() for p in model.parameters() if p.grad is not None]
+        found = super()._clip_grad_norm(model)
+        self.pairs = [*getattr(self, "pairs", []), (gradients, self.gradient_norms, found)]
+        return found
+
+
+def shares(model):
+    """The classifier twice, as a tied head is there twice."""
+    model.again = model.classifier
+    model.weight_again = model.bert.pooler.dense.weight
+
+
+def widens(model):
+    model.classifier.double()
+    model.classifier.register_forward_pre_hook(lambda module, args: (args[0].double(),))
+    model.classifier.register_forward_hook(lambda module, args, output: output.float())
+
+
+def freezes(model):
+    model.bert.embeddings.requires_grad_(False)
+
+
+CASES = {
+    "clipped": ({"max_grad_norm": 0.05}, None, None),
+    "not clipped": ({"max_grad_norm": 0.0}, None, None),
+    "accumulated": ({"max_grad_norm": 0.05, "gradient_accumulation_steps": 2}, None, None),
+    "shared": ({"max_grad_norm": 0.05}, shares, None),
+    "frozen": ({"max_grad_norm": 0.05}, freezes, None),
+    "two dtypes": ({"max_grad_norm": 0.05}, widens, None),
+    "another module in the middle": ({"max_grad_norm": 0.05, "optim": "sgd"}, None, Replaces),
+}
+
+
+def logged_norms(cls, folder, options, change, callback):
+    model = tiny_model()
+    if change is not None:
+        change(model)
+    args = TrainingArguments(
+        str(folder), **{"max_steps": 4, "per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none",
+        "save_strategy": "no", "disable_tqdm": True, "log_level": "error", "dataloader_pin_memory": False,
+        "learning_rate": 1e-2, "logging_steps": 1, **options},
+    )  # fmt: skip
+    callbacks = [callback()] if callback else []
+    trainer = cls(model, args, default_data_collator, rows(40), callbacks=callbacks)
+    trainer.train()
+    logs = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
+    return trainer, logs, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_norm_and_the_clipped_step_are_the_stock_ones(tmp_path, case):
+    _, expected, weights = logged_norms(Trainer, tmp_path / "stock", *CASES[case])
+    trainer, found, own = logged_norms(LeanTrainer, tmp_path / "lean", *CASES[case])
+    assert len(found) == 4
+    assert found == expected
+    assert all(torch.equal(own[name], weights[name]) for name in weights)
+    assert (trainer.gradient_norms is None) == (case == "two dtypes")
+
+
+def test_a_module_that_is_not_seen_would_show(tmp_path, monkeypatch):
+    """The mutation: without the look at what is registered, the new head is not clipped."""
+    case = CASES["another module in the middle"]
+    monkeypatch.setattr(LeanTrainer, "_forget_modules", lambda self, *_: None)
+    _, expected, _ = logged_norms(Trainer, tmp_path / "stock", *case)
+    _, found, _ = logged_norms(LeanTrainer, tmp_path / "lean", *case)
+    assert found[:2] == expected[:2]
+    assert found[2:] != expected[2:]
+
+
+def test_the_norms_are_those_before_clipping(tmp_path):
+    """Against float64: of each parameter, and of all."""
+    trainer, logs, _ = logged_norms(Norms, tmp_path, *CASES["clipped"])
+    assert len(trainer.pairs) == len(logs) == 4
+    for gradients, norms, total in trainer.pairs:
+        expected = torch.stack([gradient.square().sum().sqrt() for gradient in gradients])
+        torch.testing.assert_close(norms.double(), expected, rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(total.double(), expected.square().sum().sqrt(), rtol=1e-5, atol=0.0)
+        assert total > 0.05
 
 
 def test_a_method_that_was_replaced_is_called(tmp_path):

@@ -13,6 +13,7 @@ It brings the loss contract (`losses/contract.py`) to any `Trainer` subclass:
    every batch size and every number of ranks.
 """
 
+import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -150,7 +151,7 @@ class ExactLossMixin(ExactOrderMixin):
             self._loss.now = self.configured_loss.at(self.state.global_step / max(1, self.state.max_steps))
         own = self._announcement.make([self._denominator(batch).to(device) for batch in batches])
         total = self._sum_over_ranks(own)
-        return batches, total / self._ranks_sharing_a_batch()
+        return batches, total / self._ranks_sharing_a_batch
 
     def compute_loss(
         self,
@@ -300,14 +301,15 @@ class ExactLossMixin(ExactOrderMixin):
         return (loss, outputs) if return_outputs else loss
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        return self.accelerator.reduce(value, reduction="sum")
+        return value if self.args.world_size == 1 else self.accelerator.reduce(value, reduction="sum")
 
+    @functools.cached_property
     def _ranks_sharing_a_batch(self) -> int:
         """Tensor, context and sequence parallel ranks see the same samples."""
         return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
 
     def _data_parallel_size(self) -> int:
-        return self.args.world_size // self._ranks_sharing_a_batch()
+        return self.args.world_size // self._ranks_sharing_a_batch
 
 
 def _says_what_its_loss_is(cls: type) -> bool:

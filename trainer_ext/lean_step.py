@@ -1,16 +1,21 @@
-"""`LeanStepMixin`: what the stock step finds out anew each time, found out once.
+"""`LeanStepMixin`: what the stock step finds out anew each time, found out once, and one pass over the gradient for all.
 
-On a small model these are a third of what `Trainer` adds to a plain loop (`benchmarks/overhead.py`), and their answers
-do not change from step to step: how many parameters the model has (for `total_flos`), whether every module is in training
-mode, and whether accelerate's optimizer wrapper finds the package `lomo_optim` on the disk. The numbers of a training are
-the stock ones.
+On a small model these are most of what `Trainer` adds to a plain loop (`benchmarks/overhead.py`), and their answers
+do not change from step to step: which modules and parameters the model has, how many (for `total_flos`), whether every
+module is in training mode, and whether accelerate's optimizer wrapper finds the package `lomo_optim` on the disk. The norms
+of the gradients that clipping needs go to `gradient_norms`, for who else wants to know of them. The numbers of a training
+are the stock ones, to the bit.
 """
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import accelerate.optimizer
+import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
@@ -20,13 +25,28 @@ else:
     _TrainerBase = object
 
 PLAIN = (nn.Module.train, PreTrainedModel.train, DistributedDataParallel.train)  # these set the mode, and no more
+WHOLE = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+)  # every rank has all of each gradient
 
 
 class LeanStepMixin(_TrainerBase):
-    """Put before a `Trainer` class among the bases, it makes that class's step shorter."""
+    """Put before a `Trainer` class among the bases, it makes that class's step shorter.
 
+    Attributes:
+        gradient_norms: Shape (parameters with a gradient,), float: the 2-norm of each before clipping, in the model's
+            order, from when the step has been clipped; None where the engine clips, or gradients lie on several devices.
+    """
+
+    gradient_norms: Tensor | None = None
     _counted: tuple[Any, int] = (None, 0)  # a model, and its parameters without embeddings
-    _listed: tuple[Any, list[nn.Module]] = (None, [])  # a model, and its modules; none where one has a mode of its own
+    _listed: tuple[Any, list[nn.Module], bool] = (
+        None,
+        [],
+        False,
+    )  # a model, its modules, all with a train() of torch's
 
     def create_accelerator_and_postprocess(self) -> None:
         """The stock set-up; from then on the process remembers that `lomo_optim` is there, or is not."""
@@ -44,16 +64,89 @@ class LeanStepMixin(_TrainerBase):
             self._counted = model, model.num_parameters(exclude_embeddings=True)
         return 6 * inputs[name].numel() * self._counted[1]
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The stock epoch, in which the modules are listed once, and again when one of them is given another."""
+        self._forget_modules()
+        hook = register_module_module_registration_hook(self._forget_modules)
+        try:
+            super()._run_epoch(*args, **kwargs)
+        finally:
+            hook.remove()
+            self._forget_modules()
+
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """The stock step, which leaves the modules alone where all of them are in training mode already."""
-        if self._listed[0] is not model:
-            modules = list(model.modules())
-            self._listed = model, modules if all(type(module).train in PLAIN for module in modules) else []
-        modules = self._listed[1]
-        if not modules or not all(module.training and "train" not in vars(module) for module in modules):
+        modules, plain = self._modules(model)
+        if not plain or "train" in vars(model) or not all(module.training for module in modules):
             return super().training_step(model, *args, **kwargs)
         vars(model)["train"] = lambda mode=True: model
         try:
             return super().training_step(model, *args, **kwargs)
         finally:
             del vars(model)["train"]
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = self._norm_of_whole_gradients(model, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model) if norm is None else norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:
+            grad_norm = self._norm_of_whole_gradients(model, None)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _get_learning_rate(self) -> float:
+        """The stock rate, read after the optimizer's step: what comes next clears the gradients, now without a walk."""
+        model = self._listed[0]
+        if model is not None and self._has_whole_gradients() and type(model).zero_grad is nn.Module.zero_grad:
+            vars(model).setdefault("zero_grad", functools.partial(self._zero_grad, model))
+        return super()._get_learning_rate()
+
+    def _zero_grad(self, model: nn.Module, set_to_none: bool = True) -> None:
+        """Stands for `model.zero_grad` once."""
+        del vars(model)["zero_grad"]
+        if not set_to_none:
+            model.zero_grad(set_to_none=False)
+            return
+        for parameter in self._parameters(model):
+            parameter.grad = None
+
+    def _has_whole_gradients(self) -> bool:
+        return self.accelerator.distributed_type in WHOLE and self.accelerator.scaler is None
+
+    def _norm_of_whole_gradients(self, model: nn.Module, largest: float | None) -> Tensor | None:
+        """What `torch.nn.utils.clip_grad_norm_` does and returns, with the norms kept; None where it takes another way.
+
+        Args:
+            model: After its backward pass.
+            largest: What the norm is clipped to; None leaves the gradient as it is.
+        """
+        self.gradient_norms = None
+        if not self._has_whole_gradients():
+            return None
+        parameters = [p for p in self._parameters(model) if p.grad is not None]
+        gradients = [cast(Tensor, p.grad) for p in parameters]
+        kinds = {(type(gradient), gradient.device, gradient.dtype) for gradient in gradients}
+        if len(kinds) != 1 or DTensor in next(iter(kinds)) or any(gradient.is_sparse for gradient in gradients):
+            return None
+        self.gradient_norms = torch.stack(torch._foreach_norm(gradients))
+        norm = torch.linalg.vector_norm(self.gradient_norms)
+        if largest is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+        return norm
+
+    def _parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """What `model.parameters()` gives, without a walk through the modules."""
+        modules, _ = self._modules(model)
+        found = (p for module in modules for p in module._parameters.values() if p is not None)
+        return list(dict.fromkeys(found))  # one that several modules share counts once
+
+    def _modules(self, model: nn.Module) -> tuple[list[nn.Module], bool]:
+        """What `model.modules()` gives, and whether `train` of each does no more than torch's own."""
+        if self._listed[0] is not model:
+            modules = list(model.modules())
+            plain = all(type(module).train in PLAIN and "train" not in vars(module) for module in modules)
+            self._listed = model, modules, plain
+        return self._listed[1:]
+
+    def _forget_modules(self, *_: Any) -> None:
+        self._listed = None, [], False

@@ -12,11 +12,15 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, IterDataPipe, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, IterDataPipe, TensorDataset, get_worker_info
+from transformers import DataCollatorWithPadding, DefaultDataCollator, default_data_collator
 
 GLOBAL: Any = np.random  # its own types leave these functions out
+PLAIN_ROWS = (list, tuple, TensorDataset, datasets.Dataset)
+PLAIN = (default_data_collator, DefaultDataCollator, DataCollatorWithPadding)
 NUMPY = np.random.MT19937(0)  # what numpy's functions draw from during a fetch: to copy their state takes longer
 
 
@@ -29,7 +33,8 @@ def seed_data(loader: Any, *, seed: int, epoch: int, rank: int = 0) -> None:
     ones; what they keep deeper inside is theirs.
 
     Args:
-        loader: A `DataLoader`, prepared by accelerate or not; other iterables are left as they are.
+        loader: A `DataLoader`, prepared by accelerate or not; other iterables are left as they are, and so is one in which
+            nothing is random.
         seed: Of the run's data.
         epoch: From 0. Workers that live on hear of it too.
         rank: Of this process, where the ranks read different streams.
@@ -37,10 +42,14 @@ def seed_data(loader: Any, *, seed: int, epoch: int, rank: int = 0) -> None:
     base = getattr(loader, "base_dataloader", loader)
     if not isinstance(base, DataLoader) or isinstance(base.dataset, IterDataPipe):
         return
+    if epoch and base.persistent_workers:
+        base.generator = torch.Generator()  # a whole run draws the workers' seed in its first epoch, and not again
     one_for_all = (
         type(base.dataset).__name__ == "IterableDatasetShard"
     )  # accelerate's: every rank reads the whole stream
     holder: Any = base.dataset if one_for_all else base
+    if draws_nothing(holder.dataset, base.collate_fn):
+        return
     if not isinstance(holder.dataset, _SeededData):
         stream = isinstance(holder.dataset, IterableDataset)
         run = (seed, rank if stream and not one_for_all else 0)
@@ -48,8 +57,13 @@ def seed_data(loader: Any, *, seed: int, epoch: int, rank: int = 0) -> None:
         vars(holder)["dataset"] = seeded  # a DataLoader refuses to be given another, of other rows
         base.collate_fn = seeded.collate
     holder.dataset.epoch.fill_(epoch)
-    if epoch and base.persistent_workers:
-        base.generator = torch.Generator()  # a whole run draws the workers' seed in its first epoch, and not again
+
+
+def draws_nothing(data: Any, collate: Any) -> bool:
+    """Whether rows and batches are known to be the same however often they are fetched: plain rows, and padding."""
+    transformed = type(data) is datasets.Dataset and data.format["type"] == "custom"  # by set_transform
+    collator = getattr(collate, "data_collator", collate)  # below the one that removes columns
+    return type(data) in PLAIN_ROWS and not transformed and (collator in PLAIN or type(collator) in PLAIN)
 
 
 class _SeededData:

@@ -206,6 +206,14 @@ class CustomTrainer(SafeCheckpointsMixin, ExactLossMixin, LeanStepMixin, Trainer
             self._read_rates()
         return self._rate
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The stock norm; those of the parameters go to the guard, which then computes none of its own."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        guard = next((one for one in self.callback_handler.callbacks if isinstance(one, NonFiniteGuard)), None)
+        if guard is not None and self.gradient_norms is not None:
+            guard.see_norms(self.gradient_norms, model, self.args)
+        return norm
+
     def _read_rates(self) -> None:
         self._rate = super()._get_learning_rate()
         self._group_rates = group_rates(cast(Optimizer, self.optimizer))

@@ -12,6 +12,7 @@ from tests.callbacks import guard_run
 from tests.callbacks.guard_run import BAD_STEPS, STEPS, data, run_all, train
 from tests.callbacks.processes import DEEPSPEED, FSDP2, run_ranks, zero
 from trainer_ext import CustomTrainer
+from trainer_ext.callbacks import non_finite_guard
 from trainer_ext.callbacks.non_finite_guard import NonFiniteGuard, _check_it_can_be_guarded
 
 UNCHECKED = {"bf16": {"enabled": True, "check_grad_overflow": False}}
@@ -186,6 +187,32 @@ def test_the_exact_loss_of_custom_trainer():
     by_hand = train(None, **{**options, "table": data(without_bad_steps=True, bad_steps=(3,)), "steps": STEPS - 1})
     assert [*skipped["weights"][:3], *skipped["weights"][4:]] == by_hand["weights"]
     assert "rank 0: micro-batch 2 of 2" in train(NonFiniteGuard(), **options)["error"]
+
+
+@pytest.mark.parametrize("clipping", [0.0, 0.5])
+def test_custom_trainer_shows_it_the_norms_of_its_clipping(monkeypatch, clipping):
+    """One pass of its own, in the first step; from then on what clipping finds out names the parameter."""
+    own, passes = guard_run.poisoned, []
+
+    def poisoned(kind):
+        model, seen = own(kind), []
+
+        def spoil(gradient):  # in the second micro-batch of step 3
+            seen.append(gradient)
+            return gradient.new_tensor([0.0, float("inf")]) if len(seen) == 6 else gradient
+
+        model.classifier.bias.register_hook(spoil)
+        return model
+
+    monkeypatch.setattr(guard_run, "poisoned", poisoned)
+    norms = non_finite_guard.gradient_norms
+    monkeypatch.setattr(non_finite_guard, "gradient_norms", lambda model: passes.append(model) or norms(model))
+    options = {"table": data(bad_steps=()), "max_grad_norm": clipping, "trainer_class": CustomTrainer}
+    found = train(NonFiniteGuard(), **options)
+    assert "of step 3 is not finite" in found["error"]
+    assert "First parameter: classifier.bias. All outputs of the model are finite" in found["error"]
+    assert len(passes) == 1
+    assert len(set(found["weights"])) == 3  # at the beginning and after two steps
 
 
 def test_outputs_that_cannot_be_watched():

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers import default_data_collator
 
 from tests.callbacks.processes import run_ranks
 from tests.checkpoints import resumes
 from tests.checkpoints.resumes import STEPS, VARIANTS, Augmented, Ours, Stock, Stream, differences, resumed, whole
+from tests.conftest import rows
 from trainer_ext import samplers
 from trainer_ext.checkpoints.exact import RESUME, read_place
 from trainer_ext.seeded_data import seed_data
@@ -134,6 +136,19 @@ def test_a_fetch_leaves_the_global_generators_alone():
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     next(fetch)
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+
+
+def test_rows_in_which_nothing_is_random_are_not_seeded():
+    table = rows(6)
+    transformed = rows(6)
+    transformed.set_transform(lambda batch: batch)
+    cases = [(table, default_data_collator, False), (transformed, default_data_collator, True),
+             (table, resumes.masked, True), (Augmented(), default_data_collator, True)]  # fmt: skip
+    for data, collate, seeded in cases:
+        loader = DataLoader(data, 3, collate_fn=collate)
+        seed_data(loader, seed=1, epoch=0)
+        assert (loader.dataset is not data) == seeded
+        assert len(list(loader)) == len(data) / 3
 
 
 def test_workers_that_live_on_hear_of_the_epoch():

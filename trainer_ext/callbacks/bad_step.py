@@ -22,7 +22,7 @@ class Seen:
         step: Its number, from 1.
         epoch: At its beginning.
         flags: Of its micro-batches on this rank.
-        first: The first bad parameter in words; or the names of all with a gradient, and which are bad, shape (names,).
+        first: The first bad parameter in words; or the names of all with a gradient, and its norms, shape (names,).
         bad: Shape (), 1 where it is bad on any rank.
     """
 
@@ -64,8 +64,8 @@ def describe(
 def _first(seen: Seen) -> str:
     if isinstance(seen.first, str):
         return seen.first
-    names, bad = seen.first
-    which = bad.nonzero().flatten().tolist()
+    names, norms = seen.first
+    which = (~norms.isfinite()).nonzero().flatten().tolist()
     return names[which[0]] if which else NONE
 
 

@@ -33,8 +33,8 @@ class BadGradient:
         return f"{self.parameter}, {self.count} of {self.elements} elements"
 
 
-def bad_gradients(model: nn.Module) -> Tensor:
-    """Shape (parameters with a gradient,): whether this rank's part of it is not finite; one pass, nobody waits.
+def gradient_norms(model: nn.Module) -> Tensor:
+    """Shape (parameters with a gradient,): the norms of this rank's parts; one pass, nobody waits.
 
     Args:
         model: After its backward pass.
@@ -42,11 +42,11 @@ def bad_gradients(model: nn.Module) -> Tensor:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
     norms = torch._foreach_norm([grad if grad.numel() else grad.new_zeros(1) for grad in local])
-    return ~torch.stack([norm.float().to(norms[0].device) for norm in norms]).isfinite()
+    return torch.stack([norm.float().to(norms[0].device) for norm in norms])
 
 
 def names_of_gradients(model: nn.Module) -> list[str]:
-    """The parameters that `bad_gradients` speaks of, in its order."""
+    """The parameters that `gradient_norms` speaks of, in its order."""
     return [plain_name(name) for name, parameter in model.named_parameters() if parameter.grad is not None]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Flags:
-    """Of one step: by micro-batch, which rows are not finite, each of shape (rows,), on the device."""
+    """Of one step: by micro-batch, a sum over each row, shape (rows,), on the device: not finite where the row is not."""
 
     forward: list[tuple[int, Tensor]] = field(default_factory=list)
     backward: list[tuple[int, Tensor]] = field(default_factory=list)
@@ -63,11 +63,11 @@ class MicroBatches:
         """Take the hooks off the model."""
         self._hook.remove()
 
-    def a_loss_is_not_finite(self, device: torch.device) -> Tensor:
-        """Shape (): whether a loss that the model computed and the step used is not finite, without a look at it."""
-        return torch.cat(
-            [torch.zeros(1, dtype=torch.bool, device=device), *(bad for _, bad in self.flags.losses)]
-        ).any()
+    def a_loss_is_not_finite(self) -> Tensor | None:
+        """Shape (): whether a loss that the model computed and the step used is not finite, without a look at it; None
+        where the model computed none."""
+        losses = [used for _, used in self.flags.losses]
+        return ~torch.cat(losses).isfinite().all() if losses else None
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
@@ -76,7 +76,7 @@ class MicroBatches:
         if loss is not None:
             loss.register_hook(self._judge(loss.detach()))
         for tensor in others:
-            self.flags.forward.append((self._number, _not_finite(tensor.detach())))
+            self.flags.forward.append((self._number, _sums(tensor.detach())))
             tensor.register_hook(self._keep_gradient)
 
     def _judge(self, loss: Tensor) -> Callable[[Tensor], Tensor]:
@@ -85,16 +85,18 @@ class MicroBatches:
 
         def judge(gradient: Tensor) -> Tensor:
             self._backward_begins()
-            bad = _not_finite(loss.reshape(1)) & (gradient != 0)
-            self.flags.losses.append((self._number, bad))
-            return gradient if self._after_backward is not None else gradient.masked_fill(bad[0], torch.nan)
+            used = torch.where(gradient == 0, 0, loss).reshape(1)
+            self.flags.losses.append((self._number, used))
+            return (
+                gradient if self._after_backward is not None else gradient.masked_fill(~used[0].isfinite(), torch.nan)
+            )
 
         return judge
 
     def _keep_gradient(self, gradient: Tensor | None) -> None:
         self._backward_begins()
         if gradient is not None:  # below a compiled model's graph it may be none
-            self.flags.backward.append((self._number, _not_finite(gradient)))
+            self.flags.backward.append((self._number, _sums(gradient)))
 
     def _backward_begins(self) -> None:
         if not self._queued and self._after_backward is not None:
@@ -121,19 +123,19 @@ def _tensors(output: Any) -> tuple[Tensor | None, list[Tensor]]:
     return loss, others
 
 
-def _not_finite(values: Tensor) -> Tensor:
-    """Shape (rows,): which rows of `values`, shape (rows, ..), hold an element that is not finite.
+def _sums(values: Tensor) -> Tensor:
+    """Shape (rows,): the sum of each row of `values`, shape (rows, ..), which is not finite if one of its elements is not.
 
-    A sum is not finite if an addend is not; it needs no copy of the logits, as a test of each element does.
+    It needs no copy of the logits, as a test of each element does.
     """
     wide = values.dtype if values.dtype.itemsize >= 4 else torch.float32
-    return ~values.reshape(len(values), -1).sum(dim=1, dtype=wide).isfinite()
+    return values.reshape(len(values), -1).sum(dim=1, dtype=wide)
 
 
 def _rows(flags: list[tuple[int, Tensor]]) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
-    for number, bad in flags:
-        rows = bad.nonzero().flatten().tolist()
+    for number, sums in flags:
+        rows = (~sums.isfinite()).nonzero().flatten().tolist()
         if rows:
             found[number] = sorted({*found.get(number, []), *rows})
     return found

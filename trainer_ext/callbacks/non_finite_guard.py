@@ -19,8 +19,8 @@ from trainer_ext.callbacks.agreement import largest_of_all
 from trainer_ext.callbacks.bad_step import NONE, Seen, describe
 from trainer_ext.callbacks.gradient_check import (
     BadGradient,
-    bad_gradients,
     first_bad_gradient,
+    gradient_norms,
     names_of_gradients,
     watch_zero,
     whole_gradient,
@@ -47,9 +47,10 @@ class NonFiniteGuard(StatefulCallback):
     begins, for callbacks that average weights. Buffers that a forward pass updates, such as the statistics of batch
     norm, have been updated.
 
-    It costs one pass over the gradient each step. With `"raise"`, torch's fused optimizers and whole gradients (one
-    process, DDP) the device decides, by the `found_inf` that `torch.amp.GradScaler` sets too, and the host looks when it
-    logs, evaluates or saves, and every 100 steps; no step after the bad one is applied. Else the host waits for a number.
+    It costs one pass over the gradient each step, and none where `CustomTrainer` shows it the norms of its clipping.
+    With `"raise"`, torch's fused optimizers and whole gradients (one process, DDP) the device decides, by the
+    `found_inf` that `torch.amp.GradScaler` sets too, and the host looks when it logs, evaluates or saves, and every
+    100 steps; no step after the bad one is applied. Else the host waits for a number.
 
     Args:
         action: `"raise"`, or `"skip"` to leave the step out and go on.
@@ -82,8 +83,9 @@ class NonFiniteGuard(StatefulCallback):
         self._is_bad: bool | None = None  # None: not looked at yet
         self._found_inf: Tensor | None = None  # shape (), where the device decides
         self._now: tuple[Tensor, Tensor] | None = (
-            None  # of the step that is on: whether it is bad, and which gradients
+            None  # of the step that is on: whether it is bad, and the norms of its gradients
         )
+        self._shown = False  # whether the last step's norms came by `see_norms`
         self._seen: list[Seen] = []
         self._names: list[str] = []
         self._first = UNKNOWN
@@ -100,6 +102,7 @@ class NonFiniteGuard(StatefulCallback):
         zero = optimizer.optimizer if optimizer.accelerator_state.distributed_type == "DEEPSPEED" else None
         _check_it_can_be_guarded(args, zero)
         self._remove_hooks()
+        self._shown = False
         self._began_in = state.epoch // 1 if state.epoch % 1 else None
         if self.action == "raise" and zero is None and _decides_on_the_device(optimizer.optimizer):
             self._found_inf = torch.zeros((), device=args.device)
@@ -110,8 +113,8 @@ class NonFiniteGuard(StatefulCallback):
         else:
 
             def after_backward() -> None:
-                if optimizer.gradient_state.sync_gradients:
-                    self._look(model, args)
+                if optimizer.gradient_state.sync_gradients and not self._shown:
+                    self._judge(gradient_norms(model), model, args)
 
             self._micro_batches = MicroBatches(model, after_backward)
         self._undo.append(self._micro_batches.remove)
@@ -130,6 +133,18 @@ class NonFiniteGuard(StatefulCallback):
         """The next micro-batch of the step."""
         cast(MicroBatches, self._micro_batches).begin_micro_batch()
 
+    def see_norms(self, norms: Tensor, model: nn.Module, args: TrainingArguments) -> None:
+        """Take the norms of a step's gradients from who has them before clipping; then the guard computes none of its own.
+
+        Args:
+            norms: Shape (parameters with a gradient,), in the model's order.
+            model: The one whose gradients they are.
+            args: Of the training.
+        """
+        self._shown = self._found_inf is not None
+        if self._shown and self._now is None:
+            self._judge(norms, model, args)
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -138,7 +153,8 @@ class NonFiniteGuard(StatefulCallback):
         if hasattr(optimizer.optimizer, "overflow"):
             self._is_bad = optimizer.step_was_skipped
         elif self._is_bad is None and self._now is None:
-            self._look(model, args)
+            self._shown = False
+            self._judge(gradient_norms(model), model, args)
         if self._found_inf is not None:
             self._leave_it_to_the_device(state, optimizer.optimizer)
             return
@@ -187,13 +203,14 @@ class NonFiniteGuard(StatefulCallback):
         _mark_skipped(kwargs["optimizer"], False)
         self._remove_hooks()
 
-    def _look(self, model: nn.Module, args: TrainingArguments) -> None:
-        gradients = bad_gradients(model)
-        loss_is_bad = cast(MicroBatches, self._micro_batches).a_loss_is_not_finite(args.device)
-        bad = largest_of_all((gradients.any().to(args.device) | loss_is_bad).int())
+    def _judge(self, norms: Tensor, model: nn.Module, args: TrainingArguments) -> None:
+        bad = ~norms.isfinite().all().to(args.device)
+        if (loss_is_bad := cast(MicroBatches, self._micro_batches).a_loss_is_not_finite()) is not None:
+            bad = bad | loss_is_bad.to(args.device)
+        bad = largest_of_all(bad.int())
         if self._found_inf is not None:
-            self._now = bad, gradients
-            if len(self._names) != len(gradients):
+            self._now = bad, norms
+            if len(self._names) != len(norms):
                 self._names = names_of_gradients(model)
             return
         self._is_bad = bool(bad.item())
@@ -202,12 +219,12 @@ class NonFiniteGuard(StatefulCallback):
 
     def _leave_it_to_the_device(self, state: TrainerState, optimizer: Any) -> None:
         """Have the fused kernel do nothing, from the first bad step on."""
-        bad, gradients = cast(tuple[Tensor, Tensor], self._now)
+        bad, norms = cast(tuple[Tensor, Tensor], self._now)
         assert self._found_inf is not None
         self._found_inf = torch.maximum(self._found_inf, bad)
         optimizer.found_inf = self._found_inf
         flags = cast(MicroBatches, self._micro_batches).flags
-        self._seen.append(Seen(state.global_step + 1, state.epoch, flags, (self._names, gradients), bad))
+        self._seen.append(Seen(state.global_step + 1, state.epoch, flags, (self._names, norms), bad))
 
     def _look_back(self, args: TrainingArguments, loader: Any) -> None:
         seen, self._seen = self._seen, []

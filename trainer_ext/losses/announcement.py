@@ -34,6 +34,8 @@ class Announcement:
         """
         if self._announced is None:
             return
+        if self._announced.device.type == "cpu" and denominator.item() in self._announced.tolist():
+            return
         gap = (self._announced - denominator.to(self._announced)).abs().min()
         self._gap = gap if self._gap is None else torch.maximum(self._gap, gap)
         if now or gap.device.type == "cpu":
