@@ -105,7 +105,7 @@ def evaluated_on_ranks(folder):
                 "metrics": {
                     name: value for name, value in values.items() if "time" not in name and "per_" not in name
                 },
-                "drawn": watch.drawn,
+                "drawn": list(watch.drawn),
                 "gathered": list(watch.gathered),
                 "world": (trainer.accelerator.num_processes, trainer.accelerator.distributed_type.value),
             }

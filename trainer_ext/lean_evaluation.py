@@ -100,7 +100,7 @@ class LeanEvaluationMixin(ExactLossMixin):
         column = getattr(self.model, "main_input_name", "input_ids")
         if (
             getattr(self.args, "sort_eval_by_length", True)
-            and not self.args.dataloader_drop_last
+            and not (self.args.dataloader_drop_last or self.args.eval_use_gather_object)
             and self._ranks_sharing_a_batch() == 1
             and has_cheap_lengths(eval_dataset, column)
             and self._loss_adds_up_over_rows(eval_dataset.column_names)
