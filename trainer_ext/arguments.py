@@ -120,6 +120,13 @@ class CustomTrainingArguments(TrainingArguments):
             "module, ndim, depth, tag. Settings: lr_multiplier, weight_decay. One that matches nothing is an error."
         },
     )
+    sort_eval_by_length: bool = field(
+        default=True,
+        metadata={
+            "help": "Evaluate and predict the longest rows first, which saves padding; predictions come in the dataset's "
+            "order. Only the rounding of the loss and the logits changes."
+        },
+    )
     async_save: bool = field(
         default=False,
         metadata={

@@ -85,6 +85,7 @@ class ExactLossMixin(ExactOrderMixin):
         self._announcement = Announcement()
         self._split_sums: Tensor | None = None  # in evaluation: numerators, denominators, batches
         self._split_loader: Any = None
+        self._in_split = False  # whether the last evaluated batch's loss is in the sums
         if not _says_what_its_loss_is(type(self)):
             self.loss_is_scaled_for_ga = False
             warnings.warn(
@@ -223,7 +224,8 @@ class ExactLossMixin(ExactOrderMixin):
             self._split_sums, self._split_loader, self._loss.now = outer
         numerator, denominator, batches = self._sum_over_ranks(sums)
         if batches:
-            cast(dict[str, float], output.metrics)[f"{metric_key_prefix}_loss"] = divide(numerator, denominator).item()
+            loss = {f"{metric_key_prefix}_loss": divide(numerator, denominator).item()}
+            output = output._replace(metrics={**loss, **cast(dict[str, float], output.metrics), **loss})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -275,6 +277,7 @@ class ExactLossMixin(ExactOrderMixin):
 
     def _add_to_split(self, terms: LossTerms) -> None:
         assert self._split_sums is not None
+        self._in_split = True
         self._split_sums += torch.stack([*terms, terms.denominator.new_ones(())]).detach().to(self._split_sums)
 
     def _probe(self, batch: dict[str, Any]) -> None:

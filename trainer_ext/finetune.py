@@ -59,7 +59,7 @@ def build_trainer(
         train_dataset=task.train,
         eval_dataset=task.validation,
         processing_class=task.tokenizer,
-        compute_metrics=compute_metrics(len(task.label_names), metrics, task.label_names),
+        compute_metrics=compute_metrics(len(task.label_names), metrics, task.label_names, keep_rows=True),
     )
     checkpoint = checkpoint_to_resume(args)
     if checkpoint is not None and isinstance(trainer, CustomTrainer):

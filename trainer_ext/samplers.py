@@ -189,7 +189,7 @@ def measure_rows(dataset: Any, column: str) -> Tensor:
             f"train_sampling_strategy='group_by_length' goes by the length of {column!r}, and the first row {found}. Give "
             "the dataset (a datasets.Dataset) a column with the length of each row and name it in length_column_name."
         )
-    if isinstance(dataset, Dataset) and _holds_lists(dataset, column):
+    if isinstance(dataset, Dataset) and holds_lists(dataset, column):
         return _read(dataset, column, pc.list_value_length)
     return torch.tensor([len(dataset[i][column]) for i in range(len(dataset))])
 
@@ -215,7 +215,7 @@ def _read(dataset: Dataset, column: str, convert: Any) -> Tensor:
     return torch.tensor(values.to_numpy())
 
 
-def _holds_lists(dataset: Dataset, column: str) -> bool:
+def holds_lists(dataset: Dataset, column: str) -> bool:
     """Whether the rows are what the table says, not what a transform makes of it, and the table says lists."""
     if dataset.format["type"] == "custom" or column not in dataset.data.column_names:
         return False

@@ -26,7 +26,7 @@ from trainer_ext.engine import (
     saves_shards,
     shard_blocks_without_embeddings,
 )
-from trainer_ext.exact_loss import ExactLossMixin
+from trainer_ext.lean_evaluation import LeanEvaluationMixin
 from trainer_ext.lean_step import LeanStepMixin
 from trainer_ext.lost_ranks import lost_ranks, wait_as_long_as_asked
 from trainer_ext.optim.factory import brings_own_groups, build_optimizer
@@ -39,7 +39,7 @@ from trainer_ext.shared_buffers import remove_at_exit
 logger = logging.get_logger(__name__)
 
 
-class CustomTrainer(SafeCheckpointsMixin, ExactLossMixin, LeanStepMixin, Trainer):
+class CustomTrainer(SafeCheckpointsMixin, LeanEvaluationMixin, LeanStepMixin, Trainer):
     """`Trainer` with an exact loss, weight decay on matrices only, checkpoints that are whole, and an override that is
     really called.
 

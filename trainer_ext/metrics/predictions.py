@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from trainer_ext.metrics.counts import Counts
+
 IGNORED = -100  # a label that stands for no class, such as that of padding
 
 
@@ -39,13 +41,7 @@ class Predictions:
             ValueError: The shapes do not fit each other, or a label is none of the classes.
         """
         logits, labels = np.asarray(logits[0] if isinstance(logits, tuple) else logits), np.asarray(labels)
-        needed = labels.shape if multi_label else (*labels.shape, num_labels)
-        if not labels.ndim or logits.shape != needed or logits.shape[-1] != num_labels:
-            shape = f"multi-hot labels (N, {num_labels})" if multi_label else "labels (N,)"
-            raise ValueError(
-                f"logits of shape {logits.shape} and labels of shape {labels.shape} do not fit: {num_labels} classes "
-                f"need logits (N, {num_labels}) and {shape}."
-            )
+        check_shapes(logits.shape, labels.shape, num_labels, multi_label)
         logits, labels = logits.reshape(-1, num_labels), labels.reshape((-1, num_labels) if multi_label else -1)
         _check_labels(labels, range(2 if multi_label else num_labels), ignored=not multi_label)
         kept = labels != IGNORED
@@ -66,6 +62,11 @@ class Predictions:
     def predicted(self) -> np.ndarray:
         """The class of the largest logit, (N,); or the labels whose sigmoid is at least 0.5, (N, C)."""
         return (self.logits >= 0).astype(np.int64) if self.multi_label else np.argmax(self.logits, axis=-1)
+
+    @cached_property
+    def counts(self) -> Counts:
+        """What most metrics need of the rows."""
+        return Counts.of(self.predicted, self.references, self.logits.shape[1])
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -102,6 +103,17 @@ def check_label_names(label_names: Sequence[Any] | None, num_labels: int) -> lis
     if len(set(names)) != num_labels or len(names) != num_labels:
         raise ValueError(f"label_names={names}: give each of the {num_labels} classes a name of its own.")
     return names
+
+
+def check_shapes(logits: tuple[int, ...], labels: tuple[int, ...], num_labels: int, multi_label: bool) -> None:
+    """Raise a ValueError where logits and labels of these shapes do not fit each other."""
+    needed = labels if multi_label else (*labels, num_labels)
+    if not labels or logits != needed or logits[-1] != num_labels:
+        shape = f"multi-hot labels (N, {num_labels})" if multi_label else "labels (N,)"
+        raise ValueError(
+            f"logits of shape {logits} and labels of shape {labels} do not fit: {num_labels} classes "
+            f"need logits (N, {num_labels}) and {shape}."
+        )
 
 
 def _check_labels(labels: np.ndarray, classes: range, ignored: bool) -> None:

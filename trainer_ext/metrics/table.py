@@ -1,5 +1,7 @@
 """The metrics of a classifier, each a function of `Predictions`, in one table by name: `METRICS`.
 
+All but those `OF_ROWS` read the predictions' `counts` alone, which add up over batches.
+
 A metric that the split does not define, such as AUROC where there is one class, is left out of the result; whether it is
 there never depends on what was predicted. The precision of a class that is never predicted is 0. Logits that are not
 finite never raise: predicted classes are those of `argmax`, and what needs the logits' order or size is NaN.
@@ -10,43 +12,50 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import (
-    accuracy_score,
-    average_precision_score,
-    f1_score,
-    matthews_corrcoef,
-    precision_score,
-    recall_score,
-    roc_auc_score,
-)
+from sklearn.metrics import average_precision_score, roc_auc_score
 
+from trainer_ext.metrics.counts import CountedRows, Counts
 from trainer_ext.metrics.predictions import Predictions
 
 BINS = 15
 Value = float | list[float | None] | None
 
 
-def accuracy(p: Predictions) -> float:
+def accuracy(p: CountedRows) -> float:
     """The share of rows whose class, or whose every label, is predicted."""
-    return float(accuracy_score(p.references, p.predicted))
+    return p.counts.right / p.counts.rows
 
 
-def balanced_accuracy(p: Predictions) -> float:
+def balanced_accuracy(p: CountedRows) -> float:
     """The mean recall of the classes that occur."""
-    classes = np.unique(p.references)
-    return float(recall_score(p.references, p.predicted, labels=classes, average="macro"))
+    occurs = p.counts.true > 0
+    return float(np.mean(p.counts.hits[occurs] / p.counts.true[occurs]))
 
 
-def f1(p: Predictions) -> float:
+def f1(p: CountedRows) -> float:
     """F1 of class 1 for two classes, else the macro mean."""
-    return _f1("binary" if p.binary else "macro")(p)
+    return float(_f1_of_each(p.counts)[1]) if p.counts.binary else f1_macro(p)
 
 
-def mcc(p: Predictions) -> float | None:
+def f1_macro(p: CountedRows) -> float:
+    """The mean F1 of the classes that occur or are predicted, or of all labels."""
+    c = p.counts
+    return float(np.mean(_f1_of_each(c)[c.multi_label | (c.true + c.guessed > 0)]))
+
+
+def f1_micro(p: CountedRows) -> float:
+    """F1 of all classes' counts together."""
+    c = p.counts
+    return float(_ratio(2 * c.hits.sum(), c.true.sum() + c.guessed.sum()))
+
+
+def mcc(p: CountedRows) -> float | None:
     """Matthews' correlation of predicted and true classes; 0 where one class alone is predicted."""
-    if len(np.unique(p.references)) < 2:
+    true, guessed, rows = p.counts.true.astype(float), p.counts.guessed.astype(float), float(p.counts.rows)
+    if (true > 0).sum() < 2:
         return None
-    return float(matthews_corrcoef(p.references, p.predicted))
+    spread = (rows**2 - guessed @ guessed) * (rows**2 - true @ true)
+    return float((p.counts.hits.sum() * rows - true @ guessed) / math.sqrt(spread)) if spread else 0.0
 
 
 def auroc(p: Predictions) -> float | None:
@@ -85,22 +94,24 @@ def calibration_error(p: Predictions) -> float:
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def precision(p: Predictions) -> Value:
+def precision(p: CountedRows) -> Value:
     """Of each class, the share of the rows predicted as it that are of it."""
-    classes = range(p.logits.shape[1])
-    return precision_score(p.references, p.predicted, labels=classes, average=None, zero_division=0.0).tolist()
+    return _ratio(p.counts.hits, p.counts.guessed).tolist()
 
 
-def recall(p: Predictions) -> Value:
+def recall(p: CountedRows) -> Value:
     """Of each class that occurs, the share of its rows that are predicted as it."""
-    found = recall_score(
-        p.references, p.predicted, labels=range(p.logits.shape[1]), average=None, zero_division=math.nan
-    )
-    return [None if math.isnan(share) else share for share in found.tolist()]
+    shares = _ratio(p.counts.hits, p.counts.true)
+    return [share if rows else None for share, rows in zip(shares.tolist(), p.counts.true, strict=True)]
 
 
-def _f1(average: str) -> Callable[[Predictions], float]:
-    return lambda p: float(f1_score(p.references, p.predicted, average=average, zero_division=0.0))
+def _f1_of_each(c: Counts) -> np.ndarray:
+    return _ratio(2 * c.hits, c.true + c.guessed)
+
+
+def _ratio(part: Any, whole: Any) -> np.ndarray:
+    """0 where the whole is 0."""
+    return np.asarray(part / np.maximum(whole, 1))
 
 
 def _of_order(score: Callable[..., Any], of_it: np.ndarray, scores: np.ndarray) -> float:
@@ -111,12 +122,12 @@ def _mean(values: list[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-METRICS: dict[str, Callable[[Predictions], Value]] = {
+METRICS: dict[str, Callable[[Any], Value]] = {
     "accuracy": accuracy,
     "balanced_accuracy": balanced_accuracy,
     "f1": f1,
-    "f1_macro": _f1("macro"),
-    "f1_micro": _f1("micro"),
+    "f1_macro": f1_macro,
+    "f1_micro": f1_micro,
     "mcc": mcc,
     "auroc": auroc,
     "average_precision": average_precision,
@@ -125,6 +136,7 @@ METRICS: dict[str, Callable[[Predictions], Value]] = {
     "recall": recall,
 }
 PER_CLASS = ("precision", "recall")  # these give one number a class, as precision_<label>
+OF_ROWS = ("auroc", "average_precision", "calibration_error")  # these need every row's logits, the others counts
 OF_ONE_LABEL = ("balanced_accuracy", "mcc", "calibration_error")  # of rows that have exactly one label
 
 
@@ -150,11 +162,11 @@ def metric_keys(metrics: str | Sequence[str], label_names: Sequence[str]) -> lis
 
 
 def classification_metrics(
-    predictions: Predictions, metrics: Sequence[str], label_names: Sequence[str]
+    predictions: CountedRows, metrics: Sequence[str], label_names: Sequence[str]
 ) -> dict[str, float]:
     """The metrics of these names, those left out that the split does not define; without rows there are none."""
     found: dict[str, float | None] = {}
-    for name in metrics if len(predictions.references) else ():
+    for name in metrics if predictions.counts.rows else ():
         value = METRICS[name](predictions)
         if isinstance(value, list):
             found |= {f"{name}_{label}": share for label, share in zip(label_names, value, strict=True)}
