@@ -101,7 +101,7 @@ class LeanEvaluationMixin(ExactLossMixin):
         if (
             getattr(self.args, "sort_eval_by_length", True)
             and not (self.args.dataloader_drop_last or self.args.eval_use_gather_object)
-            and self._ranks_sharing_a_batch() == 1
+            and self._ranks_sharing_a_batch == 1
             and has_cheap_lengths(eval_dataset, column)
             and self._loss_adds_up_over_rows(eval_dataset.column_names)
         ):
@@ -117,7 +117,7 @@ class LeanEvaluationMixin(ExactLossMixin):
 
     def _new_metrics(self) -> Any:
         begin = getattr(self.compute_metrics, "running_metrics", None)
-        stock = self._loss_is_not_ours() or self._ranks_sharing_a_batch() > 1 or not self._keeps("prediction_step")
+        stock = self._loss_is_not_ours() or self._ranks_sharing_a_batch > 1 or not self._keeps("prediction_step")
         if begin is None or stock or self.args.batch_eval_metrics or self.preprocess_logits_for_metrics is not None:
             return None
         return begin()
