@@ -96,11 +96,11 @@ def gaps(trainer, watch):
 def refusal(out, config):
     """What is said where the file of the last rank is lost."""
     checkpoint = out / f"checkpoint-{SAVED}"
+    torch.distributed.barrier()  # the other rank may still be reading it, as the best
     if RANK == 0:
         max(checkpoint.glob("ema*")).unlink()
         write_manifest(checkpoint)
-    if RANKS > 1:
-        torch.distributed.barrier()
+    torch.distributed.barrier()
     try:
         trained(out, config, resume=str(checkpoint), watched=False)
     except ValueError as error:
