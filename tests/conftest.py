@@ -1,4 +1,4 @@
-"""What every test needs: no hub, one thread, the environment's tools, and a classifier and rows made in a moment."""
+"""What every test needs: no hub, one thread, the environment's own tools, a classifier and rows made in a moment."""
 
 import os
 import sys
@@ -19,6 +19,19 @@ from typer.testing import CliRunner
 from trainer_ext import CustomTrainer, CustomTrainingArguments
 from trainer_ext.cli import app
 
+LONGEST = (
+    "test_readme.py",
+    "parity/test_launched_modes.py",
+    "rehearsal/test_rehearse.py",
+    "test_launches.py",
+    "callbacks/test_stop_on_signal.py",
+    "parity/test_records_of_scripts.py",
+    "test_lost_ranks.py",
+    "test_examples.py",
+    "optim/test_engines.py",
+    "callbacks/test_non_finite_guard.py",
+    "distributed/test_two_hosts.py",
+)
 VOCABULARY = 40
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -28,6 +41,13 @@ SIZES = {
     "intermediate_size": 32,
     "max_position_embeddings": 16,
 }
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: a file is run by one worker, and one that begins late has the others wait for it."""
+    folder = Path(__file__).parent
+    places = {(folder / name).resolve(strict=True): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def tiny_model(seed=0, *, num_labels=2, dropout=0.1, dtype=torch.float32, tokens=False, **config):

@@ -1,4 +1,4 @@
-"""A range test and a training on each rank, and the training without it: torchrun .. lr_finder_ranks.py OUT."""
+"""A range test and a training on each rank, and the training without it: lr_finder_ranks.py OUT."""
 
 import json
 import os

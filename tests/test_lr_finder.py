@@ -1,9 +1,7 @@
 """The range test against a plain loop, and a training after it against one without it."""
 
-import json
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +9,11 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from tests.callbacks.ranks import on_two_ranks
 from tests.conftest import logged, tiny_model
 from trainer_ext import as_it_was
 from trainer_ext.lr_finder import Finding, find_learning_rate
-from trainer_ext.rehearsal.processes import free_port, run_launch
 
-ROOT = Path(__file__).parents[1]
 STEPS = 24
 
 
@@ -246,12 +243,7 @@ def test_the_picture(tmp_path):
 
 
 def test_on_two_ranks(tmp_path):
-    words = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    code, output = run_launch(
-        [*words, str(ROOT / "tests/lr_finder_ranks.py"), str(tmp_path)], tmp_path / "log", processes=2, timeout=240
-    )
-    assert code == 0, output[-3000:]
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    first, second = on_two_ranks("../lr_finder_ranks.py", tmp_path)
     assert (first["engine"], first["world_size"]) == ("DistributedDataParallel", 2)
     assert first["found"] == second["found"]
     assert first["losses"] == first["losses_without"]

@@ -1,21 +1,27 @@
-"""Has a script of this folder run on two ranks on the CPU; each writes what it saw as JSON."""
+"""Has a script of the tests run on two ranks on the CPU, as if a launcher had started it."""
 
 import json
 from pathlib import Path
 
-from trainer_ext.rehearsal.processes import free_port, run_launch
+from tests.callbacks.processes import run_ranks, settle_on_cpu
+from trainer_ext.engine import REHEARSING
+from trainer_ext.rehearsal.process import become
 
 FOLDER = Path(__file__).parent
 
 
-def on_two_ranks(script, out, *words):
-    """What both ranks of `tests/callbacks/SCRIPT OUT WORDS..` wrote into OUT, as rank0.json and rank1.json.
+def run_script(script, *words, environment=None):
+    """Run `tests/callbacks/SCRIPT WORDS..` on two ranks, as in a rehearsal, where FSDP2 and DeepSpeed run on a CPU."""
+    command = [str(word) for word in (FOLDER / script, *words)]
+    run_ranks(_script, 2, command, environment={REHEARSING: "on the CPU", **(environment or {})}, timeout=400)
 
-    The ranks are rehearsing processes, so that they may ask for FSDP2 and DeepSpeed.
-    """
-    (out / "plan.json").write_text("{}")
-    typed = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    typed += ["-m", "trainer_ext.rehearsal.process", str(FOLDER / script), str(out), *words]
-    code, output = run_launch(typed, out / "log", processes=2, timeout=400, plan=out / "plan.json")
-    assert code == 0, output[-4000:]
+
+def on_two_ranks(script, out, *words, environment=None):
+    """What both ranks of `tests/callbacks/SCRIPT OUT WORDS..` wrote into OUT, as rank0.json and rank1.json."""
+    run_script(script, out, *words, environment=environment)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def _script(command):
+    settle_on_cpu(deepspeed=True)
+    become(command)

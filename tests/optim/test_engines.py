@@ -6,14 +6,14 @@ Adam go at least one rate far and at most one and a half, as the linear schedule
 
 import json
 import re
+from pathlib import Path
 
 import pytest
-import torch
 
-from tests.test_launches import ACCELERATE, ROOT, TORCHRUN, at_the_root, launch  # noqa: F401  (a fixture)
-from trainer_ext.rehearsal.processes import run_launch
+from tests.callbacks.processes import FSDP2
+from tests.callbacks.ranks import run_script
 
-SCRIPT = ["tests/rehearsal/launched.py", "--trainer", "custom"]
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
 RATE, DECAY = 2**-10, 0.25
 KNOBS = {
     "learning_rate": RATE,
@@ -33,38 +33,25 @@ ENGINES = {
     "zero1": ("DeepSpeedEngine", 1, "AdamW"),
     "zero2": ("DeepSpeedEngine", 2, "AdamW"),
     "zero3": ("DeepSpeedEngine", 3, "AdamW"),
-    "zero2_offload": ("DeepSpeedEngine", 2, "DeepSpeedCPUAdam"),
     "zero2 and its config's optimizer": ("DeepSpeedEngine", 2, "AdamW"),
     "fsdp2": ("FSDPBertForSequenceClassification", None, "AdamW"),
 }
 
-pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without an accelerator")
-
 
 def run(engine, out, *more):
     """What both ranks saw."""
-    words = [
-        *SCRIPT,
-        *more,
-        "--output_dir",
-        out,
-        *(word for name, value in KNOBS.items() for word in (f"--{name}", value)),
-    ]
-    if engine == "fsdp2":
-        typed = ["trainer-ext", "rehearse", "--timeout", "300", "--no-resume", "--", *ACCELERATE]
-        typed += ["fsdp_configs/fsdp2.yaml", *map(str, words)]
-        code, output = run_launch(typed, out / "log", processes=2, timeout=400)
-    else:
-        given = [] if engine == "ddp" else ["--deepspeed", config_of(engine, out)]
-        code, output = launch(TORCHRUN, out / "log", *words, *given)
-    assert code == 0, output[-3000:]
+    words = ["--trainer", "custom", *more, "--output_dir", out]
+    words += [word for name, value in KNOBS.items() for word in (f"--{name}", value)]
+    if engine.startswith("zero"):
+        words += ["--deepspeed", config_of(engine, out)]
+    run_script("../rehearsal/launched.py", *words, environment=FSDP2 if engine == "fsdp2" else None)
     return [json.loads((out / f"seen{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def config_of(engine, out):
     """The path of a DeepSpeed config: one that is shipped, or ZeRO-2's with an optimizer in it."""
     name, _, own = engine.partition(" ")
-    path = ROOT / "ds_configs" / f"{name}.json"
+    path = CONFIGS / f"{name}.json"
     if own:
         params = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
         config = json.loads(path.read_text()) | {"optimizer": {"type": "AdamW", "params": params}}
@@ -87,8 +74,11 @@ def wrongly_stepped(moved):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_group_keeps_its_rate_and_decay(tmp_path, engine):
-    first, second = run(engine, tmp_path)
-    wrapper, stage, optimizer = ENGINES[engine]
+    check(engine, tmp_path, *ENGINES[engine])
+
+
+def check(engine, out, wrapper, stage, optimizer):
+    first, second = run(engine, out)
     on = first["runs_on"]
     assert (on["engine"], on["stage"], on["world_size"], on["optimizer"]) == (wrapper, stage, 2, optimizer)
     assert first["log"] == second["log"]

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from tests.readme import command
 from trainer_ext.models import TINY, load_model, load_tokenizer
 from trainer_ext.parity.modes import find_mode
 from trainer_ext.rehearsal.processes import run_launch
@@ -16,16 +17,16 @@ COMMAND = [sys.executable, "-c", "from trainer_ext.cli import main; main()", "pa
 def parity_run(folder, *words):
     """The rows of `parity.json` by mode."""
     sizes = ["--batch-size", "16", "--max-steps", "3", "--warmup_steps", "0", "--output-dir", str(folder / "out")]
-    code, output = run_launch(
-        [*COMMAND, "--dataset", "sample", *sizes, *words], folder / "log", processes=1, timeout=400
-    )
+    typed = [*COMMAND, "--dataset", "sample", *words, *sizes]
+    code, output = run_launch(typed, folder / "log", processes=1, timeout=400)
     path = folder / "out" / "parity.json"
     assert path.is_file(), output[-2000:]
     return code, {row["mode"]: row for row in json.loads(path.read_text())["modes"]}
 
 
-def test_ddp_and_the_factor_of_the_stock_trainer(tmp_path):
-    code, rows = parity_run(tmp_path, "--modes", "ddp2_ga2", "--include-stock")
+def test_the_command_of_readme_and_the_factor_of_the_stock_trainer(tmp_path):
+    words = command("trainer-ext parity run --dataset sample --modes ddp2")[3:]
+    code, rows = parity_run(tmp_path, *words, "--include-stock")
     ours, stock = rows["ddp2_ga2"], rows["stock:ddp2_ga2"]
     assert (code, ours["verdict"], stock["verdict"]) == (0, "equal", "differs")
     on = {"engine": "DistributedDataParallel", "stage": None, "world_size": 2, "local_fraction": 1.0}
@@ -33,6 +34,9 @@ def test_ddp_and_the_factor_of_the_stock_trainer(tmp_path):
     assert 0 < ours["noise"]["loss"] < 1e-5
     assert stock["loss_ratio"] == pytest.approx(4, rel=1e-3)  # accumulation steps times ranks
     assert stock["gradient_ratio"] == pytest.approx(4, rel=1e-3)
+    sharded = rows["fsdp2"]
+    assert (sharded["verdict"], sharded["runs_on"]["engine"]) == ("equal", "FSDPBertForSequenceClassification")
+    assert 0.45 < sharded["runs_on"]["local_fraction"] < 0.55
 
 
 @pytest.fixture
@@ -66,21 +70,12 @@ def test_zero3_with_rates_by_layer(tmp_path):
     assert row["dropout"] is False
 
 
-def test_fsdp2_with_muon(tmp_path):
-    words = ["--optim", "muon", "--layerwise-lr-decay", "0.5", "--learning-rate", "1e-3"]
-    code, rows = parity_run(tmp_path, "--modes", "fsdp2", *words)
-    row = rows["fsdp2"]
-    assert (code, row["verdict"]) == (0, "equal"), row
-    assert row["runs_on"]["engine"] == "FSDPBertForSequenceClassification"
-    assert 0.45 < row["runs_on"]["local_fraction"] < 0.55
-
-
-def test_zero_is_not_held_in_float64(tmp_path):
-    words = ["--dataset", "sample", "--modes", "zero1", "--dtype", "float64", "--output-dir", str(tmp_path / "out")]
-    code, output = run_launch([*COMMAND, *words], tmp_path / "log", processes=1, timeout=200)
-    assert code == 2
-    assert "ZeRO keeps float32 masters" in output
-    assert "Traceback" not in output
+def test_zero_is_not_held_in_float64(call, tmp_path):
+    words = ["--dataset", "sample", "--modes", "zero1", "--dtype", "float64", "--output-dir", tmp_path / "out"]
+    found = call("parity", "run", *words)
+    assert found.exit_code == 2
+    assert "ZeRO keeps float32 masters" in " ".join(found.output.split())
+    assert "Traceback" not in found.output
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,9 @@ def test_the_first_error_of_a_rank_is_the_reason(output, said):
 
 def test_a_free_port():
     with socket.socket() as one:
-        one.bind(("127.0.0.1", free_port()))
+        port = free_port()
+        one.bind(("127.0.0.1", port))
+        assert one.getsockname() == ("127.0.0.1", port)
 
 
 def test_a_lock_that_nobody_holds_is_removed(tmp_path, monkeypatch):

@@ -2,16 +2,15 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, BertForSequenceClassification
 from typer.testing import CliRunner
 
+from tests.readme import ROOT, command
 from trainer_ext.cli import app
 from trainer_ext.rehearsal.exported import file_digest
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = "tests/rehearsal/launched.py"
 EXAMPLE = ["examples/run_mrpc.py", "--dataset", "sample", "--output_dir"]
 FSDP2 = ["accelerate", "launch", "--config_file", "fsdp_configs/fsdp2.yaml"]
@@ -68,9 +67,10 @@ AFTER = ["checkpoint saved and resumed", "weights exported"]
 
 
 def test_fsdp2_on_the_example(tmp_path):
-    command = [*FSDP2, *EXAMPLE, str(tmp_path)]
-    verdict = passed(rehearse(*command), tmp_path, [*CHECKS, "parameters sharded", *AFTER])
-    assert verdict["command"] == command
+    words = [*command("trainer-ext rehearse")[1:], "--dataset", "sample", "--output_dir", str(tmp_path)]
+    found = CliRunner().invoke(app, words)
+    verdict = passed(found, tmp_path, [*CHECKS, "parameters sharded", *AFTER])
+    assert ["rehearse", "--", *verdict["command"]] == words
     on = verdict["runs_on"]
     assert (on["engine"][:4], on["world_size"], on["placements"]) == ("FSDP", 2, ["(Shard(dim=0),)"])
     assert 0.45 < on["local_fraction"] < 0.55

@@ -1,28 +1,4 @@
-"""Launches of `ema_worker.py`, and what has to hold of what its ranks saw, on every engine."""
-
-import json
-from pathlib import Path
-
-import pytest
-
-from trainer_ext.rehearsal.processes import free_port, run_launch
-
-ROOT = Path(__file__).parents[2]
-
-
-def launch(out, *, config=None, fsdp=False):
-    """What each of two ranks saw on DDP, on the DeepSpeed of a config, or on FSDP2."""
-    port, plan = str(free_port()), None
-    words = ["torchrun", "--nproc_per_node", "2", "--master_port", port]
-    if fsdp:
-        plan = out / "plan.json"
-        plan.write_text("{}")
-        words = ["accelerate", "launch", "--config_file", "fsdp_configs/fsdp2.yaml", "--main_process_port", port]
-        words += ["-m", "trainer_ext.rehearsal.process"]
-    words += ["-m", "tests.callbacks.ema_worker", str(out), *([config] if config else [])]
-    code, output = run_launch(words, out / "log", processes=2, timeout=300, plan=plan)
-    assert code == 0, output[-5000:]
-    return [json.loads((out / f"seen{rank}.json").read_text()) for rank in (0, 1)]
+"""What has to hold of what the ranks of `ema_worker.py` saw, on every engine."""
 
 
 def check(ranks, *, tolerance, shards):
@@ -48,8 +24,3 @@ def check(ranks, *, tolerance, shards):
         f"has {parts[0]} of as many ranks, and this run needs {parts[1]}" if shards else "has no ema.safetensors"
     )
     assert lost_file in first["refused"]
-
-
-@pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
