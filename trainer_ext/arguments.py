@@ -12,6 +12,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from trainer_ext.callbacks.time_limit import TimeLimit
+from trainer_ext.cores import divide_cores
 from trainer_ext.engine import settle_on_cpu
 from trainer_ext.optim.factory import find_optimizer, optimizer_kwargs
 from trainer_ext.optim.rules import parse_rules, rate_findings, read_rules
@@ -152,6 +153,14 @@ class CustomTrainingArguments(TrainingArguments):
         },
     )
 
+    divide_cores: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep each rank on its own share of the host's cores, with as many threads. OMP_NUM_THREADS and cores "
+            "that the launcher has chosen stay as they are."
+        },
+    )
+
     def __post_init__(self) -> None:
         settle_on_cpu(self)
         if findings := self._json_findings():
@@ -164,6 +173,8 @@ class CustomTrainingArguments(TrainingArguments):
         for name in own:  # the stock check knows its own names only
             setattr(self, name, type(self).__dataclass_fields__[name].default)
         super().__post_init__()
+        if self.divide_cores:
+            divide_cores()  # behind accelerate, which sets the threads too
         for name, value in own.items():
             setattr(self, name, value)
         findings = self._optimizer_findings()

@@ -20,6 +20,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from trainer_ext.hub import hub_answers, require_hub
 from trainer_ext.labels import LABEL_COLUMNS, first_missing, is_text, label_column, number_labels
+from trainer_ext.token_cache import definition_of, digest_file, tokenize_once
 
 logger = logging.getLogger(__name__)
 
@@ -94,10 +95,11 @@ def default_dataset() -> str:
     return SAMPLE
 
 
-def tokenize(data: Splits, tokenizer: Any, *, max_length: int | None = 128) -> DatasetDict:
+def tokenize(data: Splits, tokenizer: Any, *, max_length: int | None = 128, cache: bool = True) -> DatasetDict:
     """Token ids for every split: columns of the tokenizer, and `labels`; all others are dropped.
 
     Padding is left to the collator, batch by batch. Texts are cut at `max_length` tokens, and at what the model reads.
+    With `cache` they are read from the disk where the same rows were tokenised before (`trainer_ext.token_cache`).
 
     Raises:
         ValueError: `max_length` leaves no room for text.
@@ -116,7 +118,14 @@ def tokenize(data: Splits, tokenizer: Any, *, max_length: int | None = 128) -> D
         return tokenizer(*texts, truncation=True, max_length=max_length)
 
     columns = [column for column in data.splits["train"].column_names if column != data.label_column]
-    encoded = data.splits.map(encode, batched=True, remove_columns=columns, desc="Tokenising")
+    definition = definition_of(tokenizer, max_length) if cache else None
+    if definition is None:
+        encoded = data.splits.map(encode, batched=True, remove_columns=columns, desc="Tokenising")
+    else:
+        used = [*data.text_columns, data.label_column]
+        encoded = DatasetDict(
+            {name: tokenize_once(split, encode, used, definition, drop=columns) for name, split in data.splits.items()}
+        )
     if data.label_column == "labels":
         return encoded
     return encoded.rename_column(data.label_column, "labels")
@@ -163,7 +172,8 @@ def _read_file(file: Path) -> Dataset:
                 _refuse_null_rows(file)
             if READERS[suffix] == "csv":
                 _check_header(file, options.get("delimiter", ","), options.get("quoting", csv.QUOTE_MINIMAL))
-            return load_dataset(READERS[suffix], data_files=str(file), split="train", **options)
+            content = digest_file(file)  # `datasets` knows a file by its time stamp alone
+            return load_dataset(READERS[suffix], content, data_files=str(file), split="train", **options)
     except (DatasetGenerationError, ValueError, OSError, TypeError, RecursionError) as error:
         cause = str(error.__cause__ or error).partition(HINTS)[0].strip()
         if not any(words in cause for words in NO_ROWS):

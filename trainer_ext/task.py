@@ -11,9 +11,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import DataCollatorWithPadding, HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from trainer_ext.arguments import CustomTrainingArguments
 from trainer_ext.data import default_dataset, load_splits, tokenize
+from trainer_ext.fast import PROFILES
 from trainer_ext.labels import read_labels
 from trainer_ext.losses import class_weights
 from trainer_ext.models import TINY, TINY_TRAINING, default_model, load_model, load_tokenizer
@@ -44,6 +46,16 @@ class TaskArguments:
     )
     label_column: str | None = field(default=None, metadata={"help": "The label column. Default: label or labels."})
     max_length: int = field(default=128, metadata={"help": "Longer texts are truncated, in tokens."})
+    token_cache: bool = field(
+        default=True, metadata={"help": "Read the token ids from the disk where the same rows were tokenised before."}
+    )
+    profile: str | None = field(
+        default=None,
+        metadata={
+            "help": "`fast`: defaults for speed on this machine; each of them can be set by its own option.",
+            "choices": list(PROFILES),
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,7 @@ def prepare_task(arguments: TaskArguments) -> Task:
     data = load_splits(dataset, text_columns=arguments.text_columns, label_column=arguments.label_column)
     model = default_model(dataset) if arguments.model is None else arguments.model
     tokenizer = load_tokenizer(model)
-    encoded = tokenize(data, tokenizer, max_length=arguments.max_length)
+    encoded = tokenize(data, tokenizer, max_length=arguments.max_length, cache=arguments.token_cache)
     return Task(
         dataset=data.name,
         model=model,
@@ -126,7 +138,8 @@ class TaskParser(HfArgumentParser):
     """An `HfArgumentParser` over `TaskArguments` and `CustomTrainingArguments`.
 
     The tiny BERT starts from random weights: where it is what gets trained, its own learning rate and epochs are the
-    defaults, and a value on the command line wins as always. A mistake is one line and exit code 2.
+    defaults. So are those of a profile, and a value on the command line wins as always. A mistake is one line and exit
+    code 2.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -138,6 +151,8 @@ class TaskParser(HfArgumentParser):
         names = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         names.add_argument("--dataset")
         names.add_argument("--model")
+        names.add_argument("--profile", choices=PROFILES)
+        names.add_argument("--use_cpu", "--use-cpu", type=string_to_bool, nargs="?", const=True)
         try:
             given, _ = names.parse_known_args(argv)
         except ArgumentError as error:
@@ -145,6 +160,8 @@ class TaskParser(HfArgumentParser):
         dataset = default_dataset() if given.dataset is None else given.dataset
         model = default_model(dataset) if given.model is None else given.model
         self.set_defaults(dataset=dataset, model=model, **(TINY_TRAINING if model == TINY else {}))
+        if given.profile is not None:
+            self.set_defaults(**PROFILES[given.profile](use_cpu=bool(given.use_cpu)))
         known, unknown = self.parse_known_args(argv)
         if unknown:
             self.error(f"{unknown[0]} is not an option{self._nearest(unknown[0])}")

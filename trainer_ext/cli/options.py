@@ -59,6 +59,15 @@ ClassWeights = Annotated[
         help="[cyan]balanced[/], a JSON list ('\\[1, 2.5]') or a JSON object ('{\"1\": 2.5}').",
     ),
 ]
+Profile = Annotated[
+    str | None,
+    typer.Option(
+        "--profile",
+        help="[cyan]fast[/]: rows of like length together, bf16 where the hardware has it, the fused optimizer, cores "
+        "divided among the ranks. Same rows an epoch, same steps. Switch one off by its own option, such as "
+        "[cyan]--bf16 false[/] or [cyan]--train-sampling-strategy random[/]; docs/fast.md has what each is worth.",
+    ),
+]
 
 # The short names of the command line, and the training arguments that they stand for.
 ALIASES = {

@@ -18,6 +18,7 @@ from trainer_ext.cli.options import (
     MaxSteps,
     Model,
     OutputDir,
+    Profile,
     Seed,
     argv_of,
 )
@@ -28,6 +29,7 @@ def train(
     dataset: Dataset = None,
     model: Model = None,
     output_dir: OutputDir = Path("trainer_output"),
+    profile: Profile = None,
     epochs: Epochs = None,
     max_steps: MaxSteps = None,
     batch_size: BatchSize = None,
