@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from trainer_ext.checkpoints.write import CheckpointNotSavedError
     from trainer_ext.drawn_orders import ClassBalancedOrder, WeightedOrder
     from trainer_ext.exact_loss import ExactLossMixin
+    from trainer_ext.fast import fast_profile
     from trainer_ext.losses import LOSSES, LossTerms, class_weights
     from trainer_ext.lost_ranks import RankLostError
     from trainer_ext.lr_finder import find_learning_rate
@@ -61,6 +62,7 @@ __all__ = [
     "UntrustedPickleError",
     "WeightedOrder",
     "class_weights",
+    "fast_profile",
     "find_learning_rate",
     "manual_loop",
     "parity",
@@ -93,6 +95,7 @@ _HOMES = {
     "UntrustedPickleError": "trainer_ext.checkpoints.trusted",
     "WeightedOrder": "trainer_ext.drawn_orders",
     "class_weights": "trainer_ext.losses",
+    "fast_profile": "trainer_ext.fast",
     "find_learning_rate": "trainer_ext.lr_finder",
 }
 
