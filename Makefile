@@ -40,7 +40,7 @@ lint: setup ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup ## measured ratios, side by side in one run
+bench: setup ## measured ratios, side by side in one run, and docs/performance.md of them
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/recording.py
 	$(BIN)/python benchmarks/checkpoints.py
@@ -48,6 +48,9 @@ bench: setup ## measured ratios, side by side in one run
 		lightning==2.6.6 pytorch-lightning==2.6.6 lightning-utilities==0.15.3 torchmetrics==1.9.0 \
 		pytorch-accelerated==0.1.61
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/cost_model.py
+	$(BIN)/python benchmarks/report.py
 
 clean: ## remove the environment and everything that the targets wrote
 	rm -rf $(VENV) runs dist .pytest_cache .ruff_cache .mypy_cache
