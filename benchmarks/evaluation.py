@@ -35,14 +35,13 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
-RESULTS = Path(__file__).parent / "results"
 sys.path.append(str(Path(__file__).parent))
 
-from pairs import measure, write  # noqa: E402
+from pairs import measure, write
 
-from trainer_ext import CustomTrainer, CustomTrainingArguments  # noqa: E402
-from trainer_ext.metrics import compute_metrics  # noqa: E402
-from trainer_ext.task import TaskArguments, prepare_task  # noqa: E402
+from trainer_ext import CustomTrainer, CustomTrainingArguments
+from trainer_ext.metrics import compute_metrics
+from trainer_ext.task import TaskArguments, prepare_task
 
 CLASSES, ROWS, LENGTH = 2000, 256, 64
 STOCK = (Trainer, TrainingArguments, {})
@@ -84,7 +83,7 @@ def compare(name: str, trainers: dict[str, Trainer], rounds: int, about: dict[st
     arms: dict[str, Callable[[], Any]] = {arm: partial(seconds, each, found[arm]) for arm, each in trainers.items()}
     record = measure(arms, base="stock Trainer", rounds=rounds, about=about)
     record["about"]["metrics"] = found
-    write(record, RESULTS / f"evaluation_{name}.json")
+    write(record, f"evaluation_{name}")
 
 
 def mrpc(folder: str, words: argparse.Namespace) -> None:

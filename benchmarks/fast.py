@@ -192,7 +192,7 @@ def main() -> None:
         about |= {"rows": len(task.train), "batch": BATCH, "parameters": task.new_model(0).num_parameters(), **padding}
         arms, base = {"pace": pace, "settings": settings, "defaults": defaults}[asked.question](task)
     found = measure(arms, base, rounds=asked.rounds, about=about)
-    write(found, ROOT / "benchmarks" / "results" / f"fast_{asked.question}.json")
+    write(found, f"fast_{asked.question}")
 
 
 if __name__ == "__main__":
