@@ -10,17 +10,17 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
+from types import FunctionType
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, IterDataPipe, TensorDataset, get_worker_info
-from transformers import DataCollatorWithPadding, DefaultDataCollator, default_data_collator
 
 GLOBAL: Any = np.random  # its own types leave these functions out
 PLAIN_ROWS = (list, tuple, TensorDataset, datasets.Dataset)
-PLAIN = (default_data_collator, DefaultDataCollator, DataCollatorWithPadding)
+PLAIN_COLLATORS = ("default_data_collator", "DefaultDataCollator", "DataCollatorWithPadding")  # of transformers
 NUMPY = np.random.MT19937(0)  # what numpy's functions draw from during a fetch: to copy their state takes longer
 
 
@@ -63,7 +63,9 @@ def draws_nothing(data: Any, collate: Any) -> bool:
     """Whether rows and batches are known to be the same however often they are fetched: plain rows, and padding."""
     transformed = type(data) is datasets.Dataset and data.format["type"] == "custom"  # by set_transform
     collator = getattr(collate, "data_collator", collate)  # below the one that removes columns
-    return type(data) in PLAIN_ROWS and not transformed and (collator in PLAIN or type(collator) in PLAIN)
+    kind: Any = collator if isinstance(collator, FunctionType) else type(collator)
+    pads = kind.__module__ == "transformers.data.data_collator" and kind.__name__ in PLAIN_COLLATORS
+    return type(data) in PLAIN_ROWS and not transformed and pads
 
 
 class _SeededData:

@@ -148,7 +148,7 @@ def test_rows_in_which_nothing_is_random_are_not_seeded():
         loader = DataLoader(data, 3, collate_fn=collate)
         seed_data(loader, seed=1, epoch=0)
         assert (loader.dataset is not data) == seeded
-        assert len(list(loader)) == len(data) / 3
+        assert len(list(loader)) == -(-len(data) // 3)
 
 
 def test_workers_that_live_on_hear_of_the_epoch():
