@@ -4,7 +4,7 @@
     python benchmarks/evaluation.py tokens
 
 `mrpc` evaluates the validation split of a folder that holds MRPC (by default `TRAINER_EXT_MRPC_DIR`): the stock class,
-ours, and ours with `sort_eval_by_length` off. The record says what each arm finds, so that what precision and sorting
+ours, and ours with `sort_eval_by_length`. The record says what each arm finds, so that what precision and sorting
 change can be read off. `tokens` evaluates a tiny token classifier of `CLASSES` classes, whose logits are what is moved;
 the record has each arm's peak memory on top of the model and data, in a process of its own.
 
@@ -46,7 +46,7 @@ from trainer_ext.task import TaskArguments, prepare_task
 CLASSES, ROWS, LENGTH = 2000, 256, 64
 STOCK = (Trainer, TrainingArguments, {})
 OURS = (CustomTrainer, CustomTrainingArguments, {})
-UNSORTED = (CustomTrainer, CustomTrainingArguments, {"sort_eval_by_length": False})
+SORTED = (CustomTrainer, CustomTrainingArguments, {"sort_eval_by_length": True})
 
 
 def trainer(kind: Any, folder: str, model: Any, data: Dataset, collator: Any, classes: int, **options: Any) -> Trainer:
@@ -91,7 +91,7 @@ def mrpc(folder: str, words: argparse.Namespace) -> None:
     model, dtype = task.new_model(0), "bfloat16" if words.bf16 else "float32"
     assert task.validation is not None
     of = {"bf16": words.bf16, "per_device_eval_batch_size": words.batch_size}
-    arms = {"stock Trainer": STOCK, "CustomTrainer": OURS, "CustomTrainer, unsorted": UNSORTED}
+    arms = {"stock Trainer": STOCK, "CustomTrainer": OURS, "CustomTrainer, sorted": SORTED}
     trainers = {
         arm: trainer(kind, folder, model, task.validation, task.collator, 2, **of) for arm, kind in arms.items()
     }

@@ -62,6 +62,7 @@ def make(folder, data, model, *, cls=CustomTrainer, arguments_class=CustomTraini
         "log_level": "error",
         "dataloader_pin_memory": False,
         "per_device_eval_batch_size": BATCH,
+        **({"sort_eval_by_length": True} if issubclass(arguments_class, CustomTrainingArguments) else {}),
     }
     args = arguments_class(**given | options)
     return cls(model=model, args=args, eval_dataset=data, data_collator=pad, **(trainer or {}))

@@ -122,7 +122,7 @@ class CustomTrainingArguments(TrainingArguments):
         },
     )
     sort_eval_by_length: bool = field(
-        default=True,
+        default=False,
         metadata={
             "help": "Evaluate and predict the longest rows first, which saves padding; predictions come in the dataset's "
             "order. Only the rounding of the loss and the logits changes."

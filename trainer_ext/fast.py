@@ -28,7 +28,8 @@ def fast_profile(**own: Any) -> dict[str, Any]:
     bf16 = has_bf16(gpu=gpu)
     if not bf16 and "bf16" not in own:
         logger.warning("The fast profile is without bf16, which this %s does not compute natively.", _kind(gpu))
-    settings = {"train_sampling_strategy": "group_by_length", "optim": "adamw_torch_fused", "bf16": bf16}
+    orders = {"train_sampling_strategy": "group_by_length", "sort_eval_by_length": True}
+    settings = {**orders, "optim": "adamw_torch_fused", "bf16": bf16}
     return {**settings, **(_of_gpu() if gpu else _of_cpu()), **own}
 
 

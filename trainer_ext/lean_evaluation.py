@@ -1,4 +1,4 @@
-"""`LeanEvaluationMixin`: an evaluation that gathers, pads and keeps nothing that nobody reads, over rows sorted by length.
+"""`LeanEvaluationMixin`: an evaluation that gathers, pads and keeps nothing that nobody reads.
 
 The stock loop gathers every batch's loss, logits and labels from all ranks and appends them to arrays that it copies each
 time. Here:
@@ -7,7 +7,8 @@ time. Here:
 2. a `compute_metrics` that has a method `running_metrics`, as ours, is fed batch by batch in `evaluate`, which returns
    no predictions;
 3. what a `compute_metrics` without it, or `predict`, needs is put together once, after the last batch;
-4. rows are drawn longest first where their lengths are read in a moment, and nothing but rounding depends on it.
+4. with `sort_eval_by_length` rows are drawn longest first, where their lengths are read in a moment and nothing but
+   rounding depends on it.
 
 A subclass that overrides a step of this, or gives a loader of its own, has the stock way of it.
 """
@@ -99,7 +100,7 @@ class LeanEvaluationMixin(ExactLossMixin):
         """One that an evaluation sorts, where that changes rounding alone; else the stock one."""
         column = getattr(self.model, "main_input_name", "input_ids")
         if (
-            getattr(self.args, "sort_eval_by_length", True)
+            getattr(self.args, "sort_eval_by_length", False)
             and not (self.args.dataloader_drop_last or self.args.eval_use_gather_object)
             and self._ranks_sharing_a_batch == 1
             and has_cheap_lengths(eval_dataset, column)

@@ -213,7 +213,6 @@ class Matrix:
             "report_to": "none",
             "dataloader_pin_memory": self.args.device.type != "cpu",
             "disable_tqdm": True,
-            **({"sort_eval_by_length": False} if hasattr(self.args, "sort_eval_by_length") else {}),
         }
 
 
