@@ -237,13 +237,14 @@ def main() -> None:
     found = take_turns(programs, BASE, rounds=asked.rounds, about=about)
     if "Trainer" in programs:
         found["added"] = {kind: added(found, "Trainer", kind) for kind in found["runs"][0][BASE]}
-    print(table(found, scale=1000 / STEPS))
+    if len(programs) == len(ARMS):
+        write(found, "overhead", scale=1000 / STEPS)
+    else:
+        print(table(found, scale=1000 / STEPS))
     for kind, ratios in found.get("added", {}).items():
         print(
             f"\nadded {kind} time, to Trainer's: {', '.join(f'{name} {ratio:.2f}' for name, ratio in ratios.items())}"
         )
-    if len(programs) == len(ARMS):
-        write(found, "overhead")
 
 
 if __name__ == "__main__":
