@@ -1,7 +1,7 @@
 """The fast profile: defaults that make a training faster and leave its rows, its steps and its loss as they are.
 
 `fast_profile()` gives them as arguments, for this machine; `--profile fast` makes them the defaults of the command line.
-docs/fast.md has the gain of each.
+docs/fast.md says what each does.
 """
 
 import logging
