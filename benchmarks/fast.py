@@ -1,15 +1,15 @@
 """What the fast profile is worth on MRPC, what each of its settings is, and what the defaults of this toolkit cost.
 
-All arms of a question train the same rows of the train split, once: whole batches of like length out of an epoch's, one
-from each part of its range of widths. In random order they need about the padding of an epoch in random order; the
-record says both. The clock starts at the first step, with its batch at hand, and stops at the end of the last. One process
-with all cores.
+All arms of a question train the same rows of the train split: whole batches of like length out of an epoch's, one from
+each part of its range of widths. In random order they need about the padding of an epoch in random order; the record
+says both. Each arm is a process of its own that trains these rows again and again, and they take turns of an epoch; the
+first two epochs, in which memory is first touched and kernels are made for each shape, do not count.
 
-    python benchmarks/fast.py pace --dataset MRPC --model MINILM [--rounds 8]
+    python benchmarks/fast.py pace [--dataset MRPC] [--model CHECKPOINT] [--rounds 11]
 
 `pace`: run_glue's defaults (stock Trainer, float32, padded to 128 tokens, batch 8), the stock Trainer with batch 16 and
 each batch padded to its longest row, and the fast profile (batch 16). `settings`: the profile with one setting changed.
-`defaults`: CustomTrainer against the stock Trainer at equal settings, and without its guard against what is not finite.
+Both use all cores. `defaults`: CustomTrainer against the stock Trainer at equal settings and in equal order, on one core.
 `tokens`: the token ids of the whole corpus, read or made. Writes `benchmarks/results/fast_QUESTION.json`.
 """
 
@@ -17,21 +17,21 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerCallback
 from transformers import logging as transformers_logging
 
 ROOT = Path(__file__).parent.parent
 sys.path += [str(ROOT), str(ROOT / "benchmarks")]
 
-from pairs import ROUNDS, Seconds, measure, write  # noqa: E402
+from mrpc import add_options, check, name_of  # noqa: E402
+from pairs import Seconds, Segments, measure, pin_to_one_core, take_turns, write  # noqa: E402
 
 from trainer_ext import CustomTrainer, CustomTrainingArguments  # noqa: E402
 from trainer_ext.data import load_splits, tokenize  # noqa: E402
@@ -41,88 +41,63 @@ from trainer_ext.samplers import LengthGroupedOrder, measure_rows  # noqa: E402
 from trainer_ext.task import Task, TaskArguments, prepare_task  # noqa: E402
 
 BATCHES, BATCH, LENGTH = 4, 16, 128
+ROUNDS = {"pace": 11, "settings": 11, "defaults": 41, "tokens": 8}
 QUIET: dict[str, Any] = {
     "use_cpu": True, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "log_level": "error",
-    "num_train_epochs": 1, "per_device_train_batch_size": BATCH,
+    "dataloader_pin_memory": False, "num_train_epochs": 10_000, "per_device_train_batch_size": BATCH,
+    "logging_steps": 500,
 }  # fmt: skip
-CHANGED: dict[str, dict[str, Any]] = {
-    "fast, in float32": {"bf16": False},
-    "fast, in random order": {"grouped": False},
-    "fast, AdamW that is not fused": {"optim": "adamw_torch"},
-    "fast, with a loading process": {"dataloader_num_workers": 1},
+
+# The rows come grouped already, so that the profile's own order of them is to leave them as they are.
+IN_ORDER = {"train_sampling_strategy": "sequential"}
+FAST = {"cls": CustomTrainer, **fast_profile(use_cpu=True), **IN_ORDER}
+PACE: dict[str, dict[str, Any]] = {
+    "fast": FAST,
+    "run_glue's defaults": {"cls": Trainer, "pad": True, "per_device_train_batch_size": 8},
+    "padded to the longest row": {"cls": Trainer},
 }
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fast": FAST,
+    "fast, in float32": {**FAST, "bf16": False},
+    "fast, in random order": {**FAST, "train_sampling_strategy": "random"},
+    "fast, AdamW that is not fused": {**FAST, "optim": "adamw_torch"},
+    "fast, with a loading process": {**FAST, "dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+    "fast, with eager attention": {**FAST, "attention": "eager"},
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "Trainer": {**FAST, "cls": Trainer},
+    "CustomTrainer": FAST,
+    "CustomTrainer, on_non_finite=ignore": {**FAST, "on_non_finite": "ignore"},
+}
+ARMS = {
+    "pace": PACE,
+    "settings": SETTINGS,
+    "defaults": DEFAULTS,
+}  # the first of each is what the others are divided by
 
 
-class Clock(TrainerCallback):
-    """From the first step's beginning to the last step's end."""
+class EpochClock(TrainerCallback):
+    """A turn is an epoch, from the end of one to the end of the next; the first is over before the first turn."""
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 0:
-            self.began = time.process_time(), time.perf_counter()
+    def __init__(self) -> None:
+        self._segments = Segments()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.ended = time.process_time(), time.perf_counter()
-
-    def seconds(self) -> Seconds:
-        return {"cpu": self.ended[0] - self.began[0], "wall": self.ended[1] - self.began[1]}
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._segments.next()
 
 
-class AsTheyAre(Sampler[int]):
-    """The rows in the order of the dataset, which is that of the grouped batches."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rows))
-
-    def __len__(self) -> int:
-        return self.rows
-
-
-def trained(
-    task: Task, cls: type[Trainer], *, pad: bool = False, grouped: bool = False, **settings: Any
-) -> Callable[[], Seconds]:
-    """An arm: an epoch of `task` by `cls`, from its start."""
+def train(task: Task, *, cls: type[Trainer], pad: bool = False, attention: str | None = None, **settings: Any) -> None:
+    """An arm, in a process of its own: train the rows of `task`, an epoch whenever it is told to."""
     padded = DataCollatorWithPadding(task.tokenizer, padding="max_length", max_length=LENGTH)
-    order = {"train_sampler": AsTheyAre(len(task.train))} if grouped else {}
-
-    def arm() -> Seconds:
-        clock = Clock()
-        with TemporaryDirectory() as folder:
-            args = CustomTrainingArguments(folder, **{**QUIET, **settings, "train_sampling_strategy": "random"})
-            collator = padded if pad else task.collator
-            trainer = cls(task.new_model(0), args, collator, task.train, callbacks=[clock], **order)
-            trainer.train()
-        return clock.seconds()
-
-    return arm
-
-
-def pace(task: Task) -> tuple[dict[str, Callable[[], Seconds]], str]:
-    profile = {**fast_profile(use_cpu=True), "grouped": True}
-    arms = {
-        "fast": trained(task, CustomTrainer, **profile),
-        "run_glue's defaults": trained(task, Trainer, pad=True, per_device_train_batch_size=8),
-        "padded to the longest row": trained(task, Trainer),
-    }
-    return arms, "fast"
-
-
-def settings(task: Task) -> tuple[dict[str, Callable[[], Seconds]], str]:
-    profile = {**fast_profile(use_cpu=True), "grouped": True}
-    changed = {name: trained(task, CustomTrainer, **{**profile, **change}) for name, change in CHANGED.items()}
-    return {"fast": trained(task, CustomTrainer, **profile), **changed}, "fast"
-
-
-def defaults(task: Task) -> tuple[dict[str, Callable[[], Seconds]], str]:
-    same = fast_profile(use_cpu=True)
-    arms = {
-        "Trainer": trained(task, Trainer, **same),
-        "CustomTrainer": trained(task, CustomTrainer, **same),
-        "CustomTrainer, on_non_finite=ignore": trained(task, CustomTrainer, **same, on_non_finite="ignore"),
-    }
-    return arms, "Trainer"
+    model = task.new_model(0)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    with TemporaryDirectory() as folder:
+        args = CustomTrainingArguments(folder, **{**QUIET, **settings})
+        trainer = cls(model, args, padded if pad else task.collator, task.train)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(EpochClock())
+        trainer.train()
 
 
 def tokens(asked: argparse.Namespace) -> tuple[dict[str, Callable[[], Seconds]], str]:
@@ -178,20 +153,29 @@ def drawn(task: Task) -> tuple[Task, dict[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", choices=("pace", "settings", "defaults", "tokens"))
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("question", choices=tuple(ROUNDS))
+    add_options(parser)
+    parser.add_argument("--rounds", type=int, help="turns of each arm, the first of which does not count")
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # in an arm's own process
     asked = parser.parse_args()
+    check(parser, asked)
     transformers_logging.set_verbosity_error()
-    about: dict[str, Any] = {"model": Path(asked.model).name}
+    about: dict[str, Any] = {"model": name_of(asked.model)}
+    rounds = asked.rounds or ROUNDS[asked.question]
     if asked.question == "tokens":
-        arms, base = tokens(asked)
-    else:
-        task, padding = drawn(prepare_task(TaskArguments(asked.dataset, asked.model)))
-        about |= {"rows": len(task.train), "batch": BATCH, "parameters": task.new_model(0).num_parameters(), **padding}
-        arms, base = {"pace": pace, "settings": settings, "defaults": defaults}[asked.question](task)
-    found = measure(arms, base, rounds=asked.rounds, about=about)
+        write(measure(*tokens(asked), rounds=rounds, about=about), "fast_tokens")
+        return
+    if asked.question == "defaults":
+        pin_to_one_core()
+        torch.set_num_threads(1)
+    task, padding = drawn(prepare_task(TaskArguments(asked.dataset, asked.model)))
+    arms = ARMS[asked.question]
+    if asked.run:
+        train(task, **arms[asked.run])
+        return
+    programs = {name: [sys.executable, *sys.argv, "--run", name] for name in arms}
+    about |= {"rows": len(task.train), "batch": BATCH, "parameters": task.new_model(0).num_parameters(), **padding}
+    found = take_turns(programs, next(iter(arms)), rounds=rounds, about=about)
     write(found, f"fast_{asked.question}")
 
 

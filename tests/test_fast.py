@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from itertools import chain
@@ -155,14 +154,3 @@ def test_cores_are_divided():
     assert (masks, threads) == ([cores[half:]], 1)
     assert on_cores(0, LOCAL_WORLD_SIZE="1")[0] == [cores]
     assert on_cores(0, str(cores[-1]))[1] == 1
-
-
-def test_the_page_says_what_the_records_say(tmp_path):
-    tables = runpy.run_path(str(ROOT / "benchmarks" / "fast_table.py"))
-    text = (ROOT / "docs" / "fast.md").read_text()
-    assert tables["page"](text, ROOT / "benchmarks" / "results") == text
-    metric = {"mean": 0.12345, "sd": 0.5}
-    summary = {"fast": {"accuracy": metric, "f1": metric, "train_cpu_seconds": metric}}
-    record = {"date": "2026-11-23", "runs": [{"arm": "fast", "seed": 0}], "summary": summary}
-    (tmp_path / "fast_accuracy.json").write_text(json.dumps(record))
-    assert "| 0.1235 ± 0.5000 |" in tables["page"](text, tmp_path)
