@@ -84,6 +84,16 @@ class Replaces(TrainerCallback):
             optimizer.param_groups[0]["params"] += list(model.classifier.parameters())
 
 
+class ReplacesParameter(TrainerCallback):
+    """Gives the model's head another matrix before the third step, which `SGD` trains too."""
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == 2:
+            torch.manual_seed(5)
+            model.classifier.weight = torch.nn.Parameter(torch.randn(2, 16))
+            optimizer.param_groups[0]["params"] += [model.classifier.weight]
+
+
 class Norms(LeanTrainer):
     """Keeps what the step found out, and the gradients in float64 that it found it out of."""
 
@@ -118,6 +128,7 @@ CASES = {
     "frozen": ({"max_grad_norm": 0.05}, freezes, None),
     "two dtypes": ({"max_grad_norm": 0.05}, widens, None),
     "another module in the middle": ({"max_grad_norm": 0.05, "optim": "sgd"}, None, Replaces),
+    "another parameter in the middle": ({"max_grad_norm": 0.05, "optim": "sgd"}, None, ReplacesParameter),
 }
 
 
@@ -147,10 +158,11 @@ def test_the_norm_and_the_clipped_step_are_the_stock_ones(tmp_path, case):
     assert (trainer.gradient_norms is None) == (case == "two dtypes")
 
 
-def test_a_module_that_is_not_seen_would_show(tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["module", "parameter"])
+def test_what_is_not_seen_would_show(tmp_path, monkeypatch, what):
     """The mutation: without the look at what is registered, the new head is not clipped."""
-    case = CASES["another module in the middle"]
-    monkeypatch.setattr(LeanTrainer, "_forget_modules", lambda self, *_: None)
+    case = CASES[f"another {what} in the middle"]
+    monkeypatch.setattr(LeanTrainer, "_forget_what_is_listed", lambda self, *_: None)
     _, expected, _ = logged_norms(Trainer, tmp_path / "stock", *case)
     _, found, _ = logged_norms(LeanTrainer, tmp_path / "lean", *case)
     assert found[:2] == expected[:2]

@@ -8,14 +8,19 @@ are the stock ones, to the bit.
 """
 
 import functools
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import ExitStack
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import accelerate.optimizer
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
@@ -30,6 +35,26 @@ WHOLE = (
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
 )  # every rank has all of each gradient
+in_training_mode = attrgetter("training")
+
+
+class Listed(NamedTuple):
+    """What a walk through a model found.
+
+    Attributes:
+        model: The one that was walked through.
+        modules: What `model.modules()` gives.
+        parameters: What `model.parameters()` gives.
+        plain: Whether `train` of each module does no more than torch's own.
+    """
+
+    model: Any
+    modules: list[nn.Module]
+    parameters: list[nn.Parameter]
+    plain: bool
+
+
+NOTHING = Listed(None, [], [], False)
 
 
 class LeanStepMixin(_TrainerBase):
@@ -42,11 +67,7 @@ class LeanStepMixin(_TrainerBase):
 
     gradient_norms: Tensor | None = None
     _counted: tuple[Any, int] = (None, 0)  # a model, and its parameters without embeddings
-    _listed: tuple[Any, list[nn.Module], bool] = (
-        None,
-        [],
-        False,
-    )  # a model, its modules, all with a train() of torch's
+    _listed: Listed = NOTHING
 
     def create_accelerator_and_postprocess(self) -> None:
         """The stock set-up; from then on the process remembers that `lomo_optim` is there, or is not."""
@@ -65,19 +86,19 @@ class LeanStepMixin(_TrainerBase):
         return 6 * inputs[name].numel() * self._counted[1]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The stock epoch, in which the modules are listed once, and again when one of them is given another."""
-        self._forget_modules()
-        hook = register_module_module_registration_hook(self._forget_modules)
-        try:
+        """The stock epoch, in which the model is walked through once, and again when a module of it is given another or a
+        parameter."""
+        self._forget_what_is_listed()
+        with ExitStack() as epoch:
+            epoch.callback(self._forget_what_is_listed)
+            for register in (register_module_module_registration_hook, register_module_parameter_registration_hook):
+                epoch.callback(register(self._forget_what_is_listed).remove)
             super()._run_epoch(*args, **kwargs)
-        finally:
-            hook.remove()
-            self._forget_modules()
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """The stock step, which leaves the modules alone where all of them are in training mode already."""
-        modules, plain = self._modules(model)
-        if not plain or "train" in vars(model) or not all(module.training for module in modules):
+        listed = self._list(model)
+        if not listed.plain or "train" in vars(model) or not all(map(in_training_mode, listed.modules)):
             return super().training_step(model, *args, **kwargs)
         vars(model)["train"] = lambda mode=True: model
         try:
@@ -96,7 +117,7 @@ class LeanStepMixin(_TrainerBase):
 
     def _get_learning_rate(self) -> float:
         """The stock rate, read after the optimizer's step: what comes next clears the gradients, now without a walk."""
-        model = self._listed[0]
+        model = self._listed.model
         if model is not None and self._has_whole_gradients() and type(model).zero_grad is nn.Module.zero_grad:
             vars(model).setdefault("zero_grad", functools.partial(self._zero_grad, model))
         return super()._get_learning_rate()
@@ -107,7 +128,7 @@ class LeanStepMixin(_TrainerBase):
         if not set_to_none:
             model.zero_grad(set_to_none=False)
             return
-        for parameter in self._parameters(model):
+        for parameter in self._list(model).parameters:
             parameter.grad = None
 
     def _has_whole_gradients(self) -> bool:
@@ -123,7 +144,7 @@ class LeanStepMixin(_TrainerBase):
         self.gradient_norms = None
         if not self._has_whole_gradients():
             return None
-        parameters = [p for p in self._parameters(model) if p.grad is not None]
+        parameters = [p for p in self._list(model).parameters if p.grad is not None]
         gradients = [cast(Tensor, p.grad) for p in parameters]
         kinds = {(type(gradient), gradient.device, gradient.dtype) for gradient in gradients}
         if len(kinds) != 1 or DTensor in next(iter(kinds)) or any(gradient.is_sparse for gradient in gradients):
@@ -134,19 +155,12 @@ class LeanStepMixin(_TrainerBase):
             torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
         return norm
 
-    def _parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        """What `model.parameters()` gives, without a walk through the modules."""
-        modules, _ = self._modules(model)
-        found = (p for module in modules for p in module._parameters.values() if p is not None)
-        return list(dict.fromkeys(found))  # one that several modules share counts once
-
-    def _modules(self, model: nn.Module) -> tuple[list[nn.Module], bool]:
-        """What `model.modules()` gives, and whether `train` of each does no more than torch's own."""
-        if self._listed[0] is not model:
+    def _list(self, model: nn.Module) -> Listed:
+        if self._listed.model is not model:
             modules = list(model.modules())
             plain = all(type(module).train in PLAIN and "train" not in vars(module) for module in modules)
-            self._listed = model, modules, plain
-        return self._listed[1:]
+            self._listed = Listed(model, modules, list(model.parameters()), plain)
+        return self._listed
 
-    def _forget_modules(self, *_: Any) -> None:
-        self._listed = None, [], False
+    def _forget_what_is_listed(self, *_: Any) -> None:
+        self._listed = NOTHING
