@@ -5,16 +5,19 @@ each part of its range of widths. In random order they need about the padding of
 says both. Each arm is a process of its own that trains these rows again and again, and they take turns of an epoch; the
 first two epochs, in which memory is first touched and kernels are made for each shape, do not count.
 
-    python benchmarks/fast.py pace [--dataset MRPC] [--model CHECKPOINT] [--rounds 11]
+    python benchmarks/fast.py QUESTION [--dataset MRPC] [--model CHECKPOINT] [--rounds 11]
 
 `pace`: run_glue's defaults (stock Trainer, float32, padded to 128 tokens, batch 8), the stock Trainer with batch 16 and
 each batch padded to its longest row, and the fast profile (batch 16). `settings`: the profile with one setting changed.
-Both use all cores. `defaults`: CustomTrainer against the stock Trainer at equal settings and in equal order, on one core.
-`tokens`: the token ids of the whole corpus, read or made. Writes `benchmarks/results/fast_QUESTION.json`.
+`ranks`: the same rows by two ranks of DDP, with the cores divided and without. These use all cores. `defaults`:
+CustomTrainer against the stock Trainer at equal settings and in equal order, on one core. `tokens`: the token ids of the
+whole corpus, read or made. Writes `benchmarks/results/fast_QUESTION.json`.
 """
 
 import argparse
 import dataclasses
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -37,11 +40,12 @@ from trainer_ext import CustomTrainer, CustomTrainingArguments  # noqa: E402
 from trainer_ext.data import load_splits, tokenize  # noqa: E402
 from trainer_ext.fast import fast_profile  # noqa: E402
 from trainer_ext.models import load_tokenizer  # noqa: E402
+from trainer_ext.rehearsal.processes import free_port  # noqa: E402
 from trainer_ext.samplers import LengthGroupedOrder, measure_rows  # noqa: E402
 from trainer_ext.task import Task, TaskArguments, prepare_task  # noqa: E402
 
 BATCHES, BATCH, LENGTH = 4, 16, 128
-ROUNDS = {"pace": 11, "settings": 11, "defaults": 41, "tokens": 8}
+ROUNDS = {"pace": 11, "settings": 11, "ranks": 11, "defaults": 41, "tokens": 8}
 QUIET: dict[str, Any] = {
     "use_cpu": True, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "log_level": "error",
     "dataloader_pin_memory": False, "num_train_epochs": 10_000, "per_device_train_batch_size": BATCH,
@@ -64,6 +68,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fast, with a loading process": {**FAST, "dataloader_num_workers": 1, "dataloader_persistent_workers": True},
     "fast, with eager attention": {**FAST, "attention": "eager"},
 }
+RANKS: dict[str, dict[str, Any]] = {
+    "two ranks, cores divided": {**FAST, "per_device_train_batch_size": BATCH // 2},
+    "two ranks": {**FAST, "per_device_train_batch_size": BATCH // 2, "divide_cores": False},
+    "one process": FAST,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "Trainer": {**FAST, "cls": Trainer},
     "CustomTrainer": FAST,
@@ -72,6 +81,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 ARMS = {
     "pace": PACE,
     "settings": SETTINGS,
+    "ranks": RANKS,
     "defaults": DEFAULTS,
 }  # the first of each is what the others are divided by
 
@@ -86,6 +96,25 @@ class EpochClock(TrainerCallback):
         self._segments.next()
 
 
+def launch(count: int) -> None:
+    """Run this command as so many ranks, until the first one, which has the turns, ends."""
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    common["MASTER_PORT"] = str(free_port())
+    turns = tuple(int(os.environ[name]) for name in ("TURN", "TOOK"))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *sys.argv],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            pass_fds=turns,
+            stderr=None if rank == 0 else subprocess.DEVNULL,
+        )
+        for rank in range(count)
+    ]
+    ranks[0].wait()
+    for rank in ranks[1:]:
+        rank.kill()
+
+
 def train(task: Task, *, cls: type[Trainer], pad: bool = False, attention: str | None = None, **settings: Any) -> None:
     """An arm, in a process of its own: train the rows of `task`, an epoch whenever it is told to."""
     padded = DataCollatorWithPadding(task.tokenizer, padding="max_length", max_length=LENGTH)
@@ -96,7 +125,8 @@ def train(task: Task, *, cls: type[Trainer], pad: bool = False, attention: str |
         args = CustomTrainingArguments(folder, **{**QUIET, **settings})
         trainer = cls(model, args, padded if pad else task.collator, task.train)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(EpochClock())
+        if trainer.is_world_process_zero():
+            trainer.add_callback(EpochClock())
         trainer.train()
 
 
@@ -164,6 +194,9 @@ def main() -> None:
     rounds = asked.rounds or ROUNDS[asked.question]
     if asked.question == "tokens":
         write(measure(*tokens(asked), rounds=rounds, about=about), "fast_tokens")
+        return
+    if asked.run in RANKS and asked.run != "one process" and "RANK" not in os.environ:
+        launch(2)
         return
     if asked.question == "defaults":
         pin_to_one_core()

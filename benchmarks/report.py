@@ -53,7 +53,7 @@ SECTIONS = (
     ),
     Section(
         "The fast profile",
-        ("fast_pace", "fast_settings", "fast_tokens"),
+        ("fast_pace", "fast_settings", "fast_ranks", "fast_tokens"),
         "fast.py",
         "Training MRPC with a MiniLM of 22.7 M parameters: `--profile fast` beside slower ways to train the same rows, and "
         "with one of its settings changed at a time ([what they are](fast.md)). A time is of the same 64 rows; ratios are "
