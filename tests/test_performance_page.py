@@ -47,6 +47,25 @@ def test_what_is_not_to_be_quoted_is_marked(report, tmp_path, control, marks):
     assert "## " not in page  # of what has no record nothing is said
 
 
+def test_what_arms_found_and_how_accurate_they_are(report, tmp_path):
+    found = {"plain": {"loss": 0.25, "f1": 1 / 3}, "ours": {"loss": 0.5, "f1": 2 / 3}}
+    (tmp_path / "evaluation_here.json").write_text(json.dumps({**comparison(1.0), "found": found}))
+    arms = {"stock": (0.8, 0.82, 0.84), "chosen": (0.9, 0.9, 0.9)}
+    runs = [
+        {"arm": arm, "seed": seed, "accuracy": value, "f1": value, "train_cpu_seconds": 60.0 * value}
+        for arm, values in arms.items()
+        for seed, value in enumerate(values)
+    ]
+    from accuracy import record
+
+    (tmp_path / "accuracy.json").write_text(json.dumps(record(runs)))
+    report.build(tmp_path, tmp_path)
+    page = (tmp_path / "performance.md").read_text()
+    assert "| ours | 0.5 | 0.666667 |" in page
+    assert "| stock | 3 | 0.8200 ± 0.0200 | 0.8200 ± 0.0200 |" in page
+    assert "| chosen | 3 | 0.9000 ± 0.0000 |" in page
+
+
 def test_growth_is_that_of_a_power(report):
     from curves import exponent
 
