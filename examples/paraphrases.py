@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainer_ext import LOSSES, CustomTrainer, CustomTrainingArguments
 from trainer_ext.fast import fast_profile
-from trainer_ext.losses.contract import ClassLoss, LossTerms
+from trainer_ext.losses.contract import ClassLoss, LossTerms, full_precision
 from trainer_ext.metrics import compute_metrics
 from trainer_ext.models import checkpoint_folder
 from trainer_ext.task import Task, TaskParser, prepare_task
@@ -45,7 +45,7 @@ class RDrop(ClassLoss):
             return LOSSES["cross_entropy"](logits, labels, **options)
         readings = logits.unbind(dim=1)
         each = [LOSSES["cross_entropy"](reading, labels, **options) for reading in readings]
-        p, q = (reading.float().log_softmax(-1) for reading in readings)
+        p, q = (full_precision(reading).log_softmax(-1) for reading in readings)
         apart = sum(F.kl_div(one, other, log_target=True, reduction="sum") for one, other in ((p, q), (q, p))) / 2
         return LossTerms(torch.stack([terms.numerator for terms in each]).mean() + alpha * apart, each[0].denominator)
 
