@@ -57,7 +57,7 @@ def main() -> None:
         def arm(program: str) -> Callable[[], dict[str, float]]:
             return partial(seconds, program, environment)
 
-        write(measure({name: arm(program) for name, program in AT_ONCE.items()}, "python", rounds=21), "import_time")
+        write(measure({name: arm(program) for name, program in AT_ONCE.items()}, "python", rounds=121), "import_time")
         scripts = {names["trainer"]: arm(SCRIPT.format(folder=folder, **names)) for names in (STOCK, OURS)}
         write(measure(scripts, "Trainer", rounds=8), "first_step")
 

@@ -26,9 +26,9 @@ control's ratio is the noise. Ratios with a dagger (†) have a control that is 
 quoted.
 """
 
-ACCURACY = """On the validation split, by which nothing was chosen: mean and standard deviation over the seeds. `stock` is
-the stock Trainer in float32, `fast` the same recipe with the fast profile, `chosen` the recipe that did best on folds of
-the train split ([what it is, and what did not help](recipe.md))."""
+ACCURACY = """On the validation split: mean and standard deviation over the seeds. `stock` is the stock Trainer in float32,
+`fast` the same recipe with the fast profile, `chosen` the recipe that did best on a fold of the train split ([what it is,
+how it was chosen, and what did not help](recipe.md))."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from trainer_ext.rehearsal.processes import free_port
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["transformers.trainer", "trainer_ext.trainer", "datasets"])
 ARMS = {"Trainer": "Trainer", "CustomTrainer": "CustomTrainer", "Trainer" + AGAIN: "Trainer"}
-SECONDS, ROUNDS = 5.0, (4, 40)  # of a point: how long it goes on, and the fewest and most rounds
+SECONDS, ROUNDS = 3.0, (5, 30)  # of a point: how long it goes on, and the fewest and most rounds
 RESULT = RESULTS / "scaling.json"
 
 BASE = {"vocabulary": 8192, "hidden": 256, "layers": 3, "batch": 4, "length": 32, "ranks": 1}
