@@ -193,7 +193,8 @@ class ExactLossMixin(ExactOrderMixin):
         if torch.is_grad_enabled() and self._split_sums is None and num_items_in_batch is not None:
             self._announcement.hold(terms.denominator, now=self.state.global_step == 0)
             total = torch.as_tensor(num_items_in_batch, device=terms.numerator.device)
-            loss = divide(terms.numerator * self._data_parallel_size(), total)
+            size = self._data_parallel_size()
+            loss = divide(terms.numerator if size == 1 else terms.numerator * size, total)
             if self.configured_loss is not None and isinstance(self.configured_loss.loss, WeightedSum):
                 counted = not isinstance(inputs, UncountedBatch)
                 self._parts.add(self.configured_loss.loss, total, step=self.state.global_step, counted=counted)

@@ -16,7 +16,7 @@ def of_first_rank(values: list[float], device: torch.device) -> list[float]:
         values: Numbers, sent in float64.
         device: One that the process group can send from, `args.device` in a callback.
     """
-    if not _several():
+    if not several_processes():
         return values
     sent = torch.tensor(values, dtype=torch.float64, device=device)
     torch.distributed.broadcast(sent, src=0)
@@ -25,7 +25,7 @@ def of_first_rank(values: list[float], device: torch.device) -> list[float]:
 
 def largest_of_all(value: Tensor) -> Tensor:
     """The elementwise maximum over all ranks of finite numbers: a collective, to be called by all."""
-    if _several():
+    if several_processes():
         torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
     return value
 
@@ -37,12 +37,13 @@ def of_all_ranks(value: Any, group: Any = None) -> list[Any]:
         value: What this rank holds.
         group: The process group to send over; None is the default one.
     """
-    if not _several():
+    if not several_processes():
         return [value]
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, value, group=group)
     return found
 
 
-def _several() -> bool:
+def several_processes() -> bool:
+    """Whether there are other ranks to agree with."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -5,6 +5,7 @@ them. So nothing poisoned is ever saved. Where the run is to end and the optimiz
 leaves out that step and all after it, and the host looks when it logs or saves; else the host decides in each step.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from trainer_ext.callbacks.agreement import largest_of_all
+from trainer_ext.callbacks.agreement import largest_of_all, several_processes
 from trainer_ext.callbacks.bad_step import NONE, Seen, describe
 from trainer_ext.callbacks.gradient_check import (
     BadGradient,
@@ -142,7 +143,11 @@ class NonFiniteGuard(StatefulCallback):
             args: Of the training.
         """
         self._shown = self._found_inf is not None
-        if self._shown and self._now is None:
+        if not self._shown or self._now is not None:
+            return
+        if self._is_plainly_finite(norms):
+            self._is_bad = False
+        else:
             self._judge(norms, model, args)
 
     def on_pre_optimizer_step(
@@ -155,8 +160,8 @@ class NonFiniteGuard(StatefulCallback):
         elif self._is_bad is None and self._now is None:
             self._shown = False
             self._judge(gradient_norms(model), model, args)
-        if self._found_inf is not None:
-            self._leave_it_to_the_device(state, optimizer.optimizer)
+        if self._now is not None:
+            self._leave_it_to_the_device(state, optimizer.optimizer, self._now)
             return
         if not self._is_bad:
             self.consecutive = 0
@@ -203,6 +208,13 @@ class NonFiniteGuard(StatefulCallback):
         _mark_skipped(kwargs["optimizer"], False)
         self._remove_hooks()
 
+    def _is_plainly_finite(self, norms: Tensor) -> bool:
+        """Whether the step is finite by a look that waits for nobody: in one process on a CPU, with no bad step before it
+        and no loss of the model's own to judge."""
+        flags = cast(MicroBatches, self._micro_batches).flags
+        alone = norms.device.type == "cpu" and not several_processes()
+        return alone and not self._seen and not flags.losses and math.isfinite(norms.sum().item())
+
     def _judge(self, norms: Tensor, model: nn.Module, args: TrainingArguments) -> None:
         bad = ~norms.isfinite().all().to(args.device)
         if (loss_is_bad := cast(MicroBatches, self._micro_batches).a_loss_is_not_finite()) is not None:
@@ -217,9 +229,9 @@ class NonFiniteGuard(StatefulCallback):
         if self._is_bad:
             self._found(first_bad_gradient(model, whole_gradient))
 
-    def _leave_it_to_the_device(self, state: TrainerState, optimizer: Any) -> None:
+    def _leave_it_to_the_device(self, state: TrainerState, optimizer: Any, now: tuple[Tensor, Tensor]) -> None:
         """Have the fused kernel do nothing, from the first bad step on."""
-        bad, norms = cast(tuple[Tensor, Tensor], self._now)
+        bad, norms = now
         assert self._found_inf is not None
         self._found_inf = torch.maximum(self._found_inf, bad)
         optimizer.found_inf = self._found_inf
