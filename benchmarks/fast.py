@@ -1,9 +1,9 @@
 """What the fast profile is worth on MRPC, what each of its settings is, and what the defaults of this toolkit cost.
 
-All arms of a question train the same rows of the train split: whole batches of like length out of an epoch's, one from
-each part of its range of widths. In random order they need about the padding of an epoch in random order; the record
-says both. Each arm is a process of its own that trains these rows again and again, and they take turns of an epoch; the
-first two epochs, in which memory is first touched and kernels are made for each shape, do not count.
+All arms train 64 rows of the train split: whole batches out of an epoch in the arm's order, grouped by length or random,
+one from each part of its range of widths, so that they need the padding of that epoch; the record says both. Each arm is a
+process of its own that trains its rows again and again, and they take turns of 64 rows; the first two turns, in which
+memory is first touched and kernels are made for each shape, do not count.
 
     python benchmarks/fast.py QUESTION [--dataset MRPC] [--model CHECKPOINT] [--rounds 11]
 
@@ -20,13 +20,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerCallback
 from transformers import logging as transformers_logging
 
@@ -51,32 +50,32 @@ QUIET: dict[str, Any] = {
     "dataloader_pin_memory": False, "num_train_epochs": 10_000, "per_device_train_batch_size": BATCH,
     "logging_steps": 500,
 }  # fmt: skip
+AS_DRAWN = {"train_sampling_strategy": "sequential"}
 
-# The rows come grouped already, so that the profile's own order of them is to leave them as they are.
-IN_ORDER = {"train_sampling_strategy": "sequential"}
-FAST = {"cls": CustomTrainer, **fast_profile(use_cpu=True), **IN_ORDER}
+FAST = {"cls": CustomTrainer, **fast_profile(use_cpu=True)}
 PACE: dict[str, dict[str, Any]] = {
     "fast": FAST,
-    "run_glue's defaults": {"cls": Trainer, "pad": True, "per_device_train_batch_size": 8},
-    "padded to the longest row": {"cls": Trainer},
+    "run_glue's defaults": {"cls": Trainer, "pad": True, "mixed": True, "per_device_train_batch_size": 8},
+    "padded to the longest row": {"cls": Trainer, "mixed": True},
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "fast": FAST,
     "fast, in float32": {**FAST, "bf16": False},
-    "fast, in random order": {**FAST, "train_sampling_strategy": "random"},
+    "fast, in random order": {**FAST, "mixed": True},
     "fast, AdamW that is not fused": {**FAST, "optim": "adamw_torch"},
     "fast, with a loading process": {**FAST, "dataloader_num_workers": 1, "dataloader_persistent_workers": True},
-    "fast, with eager attention": {**FAST, "attention": "eager"},
+    "fast, with SDPA": {**FAST, "attn_implementation": "sdpa"},
 }
 RANKS: dict[str, dict[str, Any]] = {
     "two ranks, cores divided": {**FAST, "per_device_train_batch_size": BATCH // 2},
     "two ranks": {**FAST, "per_device_train_batch_size": BATCH // 2, "divide_cores": False},
     "one process": FAST,
 }
+SAME = {**FAST, "attn_implementation": None}  # which the stock class does not know
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "Trainer": {**FAST, "cls": Trainer},
-    "CustomTrainer": FAST,
-    "CustomTrainer, on_non_finite=ignore": {**FAST, "on_non_finite": "ignore"},
+    "Trainer": {**SAME, "cls": Trainer},
+    "CustomTrainer": SAME,
+    "CustomTrainer, on_non_finite=ignore": {**SAME, "on_non_finite": "ignore"},
 }
 ARMS = {
     "pace": PACE,
@@ -115,14 +114,12 @@ def launch(count: int) -> None:
         rank.kill()
 
 
-def train(task: Task, *, cls: type[Trainer], pad: bool = False, attention: str | None = None, **settings: Any) -> None:
+def train(task: Task, *, cls: type[Trainer], pad: bool = False, **settings: Any) -> None:
     """An arm, in a process of its own: train the rows of `task`, an epoch whenever it is told to."""
     padded = DataCollatorWithPadding(task.tokenizer, padding="max_length", max_length=LENGTH)
     model = task.new_model(0)
-    if attention is not None:
-        model.set_attn_implementation(attention)
     with TemporaryDirectory() as folder:
-        args = CustomTrainingArguments(folder, **{**QUIET, **settings})
+        args = CustomTrainingArguments(folder, **{**QUIET, **settings, **AS_DRAWN})
         trainer = cls(model, args, padded if pad else task.collator, task.train)
         trainer.remove_callback(PrinterCallback)
         if trainer.is_world_process_zero():
@@ -155,30 +152,27 @@ def tokens(asked: argparse.Namespace) -> tuple[dict[str, Callable[[], Seconds]],
     return arms, "read"
 
 
-def drawn(task: Task) -> tuple[Task, dict[str, str]]:
-    """`task` with `BATCHES` batches to train on, and its padded tokens a row beside those of the whole epoch."""
+def drawn(task: Task) -> tuple[dict[str, Task], dict[str, str]]:
+    """`task` with few rows, for arms that group rows by length and for those that do not, and what is padded there.
+
+    Both are whole batches out of an epoch in their order, one from each part of its range of widths, so that a row has the
+    padding of the epoch's.
+    """
     lengths = measure_rows(task.train, "input_ids")
-    whole = torch.tensor([*LengthGroupedOrder(lengths, BATCH, seed=0)]).split(BATCH)
-    by_width = sorted((rows for rows in whole if len(rows) == BATCH), key=lambda rows: int(lengths[rows].max()))
-    chosen = [by_width[len(by_width) * (2 * i + 1) // (2 * BATCHES)] for i in range(BATCHES)]
-    shuffled = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).split(BATCH)
-
-    def padded(batches: Iterable[Tensor]) -> float:
-        cells = [(len(rows) * int(lengths[rows].max()), len(rows)) for rows in batches]
-        return round(sum(cell for cell, _ in cells) / sum(rows for _, rows in cells), 1)
-
-    few = torch.cat(chosen)
-    mixed = [
-        rows
-        for seed in range(20)
-        for rows in few[torch.randperm(len(few), generator=torch.Generator().manual_seed(seed))].split(BATCH)
-    ]
-    tokens = {"grouped": (chosen, whole), "random": (mixed, shuffled)}
-    said = {
-        f"padded tokens a row, {name}": f"{padded(here)} ({padded(every)} of the epoch)"
-        for name, (here, every) in tokens.items()
+    orders = {
+        "grouped": torch.tensor([*LengthGroupedOrder(lengths, BATCH, seed=0)]),
+        "random": torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)),
     }
-    return dataclasses.replace(task, train=task.train.select(few.tolist()).flatten_indices(), validation=None), said
+    tasks, said = {}, {}
+    for name, order in orders.items():
+        epoch = [rows for rows in order.split(BATCH) if len(rows) == BATCH]
+        by_width = sorted(epoch, key=lambda rows: int(lengths[rows].max()))
+        chosen = [by_width[len(by_width) * (2 * i + 1) // (2 * BATCHES)] for i in range(BATCHES)]
+        rows = task.train.select(torch.cat(chosen).tolist()).flatten_indices()
+        tasks[name] = dataclasses.replace(task, train=rows, validation=None)
+        here, whole = (sum(int(lengths[rows].max()) for rows in batches) / len(batches) for batches in (chosen, epoch))
+        said[f"padded tokens a row, {name}"] = f"{here:.1f} ({whole:.1f} of the epoch)"
+    return tasks, said
 
 
 def main() -> None:
@@ -201,13 +195,15 @@ def main() -> None:
     if asked.question == "defaults":
         pin_to_one_core()
         torch.set_num_threads(1)
-    task, padding = drawn(prepare_task(TaskArguments(asked.dataset, asked.model)))
+    whole = prepare_task(TaskArguments(asked.dataset, asked.model))
+    tasks, padding = drawn(whole)
     arms = ARMS[asked.question]
     if asked.run:
-        train(task, **arms[asked.run])
+        arm = arms[asked.run]
+        train(tasks["random" if arm.pop("mixed", False) else "grouped"], **arm)
         return
     programs = {name: [sys.executable, *sys.argv, "--run", name] for name in arms}
-    about |= {"rows": len(task.train), "batch": BATCH, "parameters": task.new_model(0).num_parameters(), **padding}
+    about |= {"rows": BATCHES * BATCH, "batch": BATCH, "parameters": whole.new_model(0).num_parameters(), **padding}
     found = take_turns(programs, next(iter(arms)), rounds=rounds, about=about)
     write(found, f"fast_{asked.question}")
 

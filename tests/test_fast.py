@@ -54,6 +54,7 @@ def test_the_profile_is_the_defaults_of_the_command_line(parse, capabilities):
         ("train_sampling_strategy", "random", "random"),
         ("sort_eval_by_length", "false", False),
         ("optim", "adamw_torch", "adamw_torch"),
+        ("attn-implementation", "sdpa", "sdpa"),
         ("divide-cores", "false", False),
     ],
 )

@@ -153,6 +153,14 @@ class CustomTrainingArguments(TrainingArguments):
         },
     )
 
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the model computes attention: a name of transformers, such as sdpa, eager or flash_attention_2, "
+            "or `auto`, which is eager on a CPU where attention has dropout. Default: as the model was loaded."
+        },
+    )
+
     divide_cores: bool = field(
         default=False,
         metadata={

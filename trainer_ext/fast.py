@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers.utils import is_torch_tf32_available
 
+from trainer_ext.attention import AUTO
+
 logger = logging.getLogger(__name__)
 
 NATIVE_BF16 = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")  # of x86, then of ARM, as torch.cpu names them
@@ -47,7 +49,7 @@ def _of_gpu() -> dict[str, Any]:
 
 
 def _of_cpu() -> dict[str, Any]:
-    return {"divide_cores": hasattr(os, "sched_setaffinity")}
+    return {"attn_implementation": AUTO, "divide_cores": hasattr(os, "sched_setaffinity")}
 
 
 def _kind(gpu: bool) -> str:

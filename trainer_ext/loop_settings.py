@@ -92,6 +92,7 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "deepspeed": (None,),
     "loss": (None, "cross_entropy"),
     "loss_kwargs": (None, {}),
+    "attn_implementation": (None,),
     "freeze": (None, []),
     "param_group_rules": (None, []),
 }

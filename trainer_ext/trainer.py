@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from trainer_ext.arguments import asks_for_groups, group_options, own_optimizer
+from trainer_ext.attention import set_attention
 from trainer_ext.callbacks.non_finite_guard import NonFiniteGuard
 from trainer_ext.callbacks.stop_on_signal import StopOnSignal
 from trainer_ext.callbacks.time_limit import TimeLimit
@@ -53,7 +54,7 @@ class CustomTrainer(SafeCheckpointsMixin, LeanEvaluationMixin, LeanStepMixin, Tr
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.model_init is None:
-            self._freeze(cast(nn.Module, self.model))
+            self._make_ready(cast(nn.Module, self.model))
         if self.optimizer is not None and (asked := asks_for_groups(self.args)):
             raise ValueError(
                 f"{', '.join(asked)} would be ignored: an optimizer is passed, with groups of its own. Pass "
@@ -129,9 +130,9 @@ class CustomTrainer(SafeCheckpointsMixin, LeanEvaluationMixin, LeanStepMixin, Tr
             self.state.best_model_checkpoint = best
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A fresh model from `model_init`, with what `freeze` names frozen."""
+        """A fresh model from `model_init`, with the attention that is asked for, and what `freeze` names frozen."""
         model = super().call_model_init(trial)
-        self._freeze(model)
+        self._make_ready(model)
         return model
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
@@ -230,7 +231,9 @@ class CustomTrainer(SafeCheckpointsMixin, LeanEvaluationMixin, LeanStepMixin, Tr
         elif self.args.should_save:
             save_description(cast(nn.Module, self.model), self.processing_class, Path(str(output_dir)))
 
-    def _freeze(self, model: nn.Module) -> None:
+    def _make_ready(self, model: nn.Module) -> None:
+        if attention := getattr(self.args, "attn_implementation", None):
+            set_attention(model, attention, on_cpu=self.args.device.type == "cpu")
         if patterns := getattr(self.args, "freeze", None):
             logger.info(f"Frozen: {', '.join(freeze(model, patterns))}")
             options = self.args.gradient_checkpointing_kwargs

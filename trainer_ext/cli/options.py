@@ -63,9 +63,10 @@ Profile = Annotated[
     str | None,
     typer.Option(
         "--profile",
-        help="[cyan]fast[/]: rows of like length together, bf16 where the hardware has it, the fused optimizer, cores "
-        "divided among the ranks. Same rows an epoch, same steps. Switch one off by its own option, such as "
-        "[cyan]--bf16 false[/] or [cyan]--train-sampling-strategy random[/]; docs/fast.md says what each does.",
+        help="[cyan]fast[/]: rows of like length together, bf16 where the hardware has it, the fused optimizer, the "
+        "faster attention, cores divided among the ranks. Same rows an epoch, same steps. Switch one off by its own "
+        "option, such as [cyan]--bf16 false[/] or [cyan]--train-sampling-strategy random[/]; docs/fast.md says what "
+        "each does.",
     ),
 ]
 
