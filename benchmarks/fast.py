@@ -44,7 +44,7 @@ from trainer_ext.samplers import LengthGroupedOrder, measure_rows  # noqa: E402
 from trainer_ext.task import Task, TaskArguments, prepare_task  # noqa: E402
 
 BATCHES, BATCH, LENGTH = 4, 16, 128
-ROUNDS = {"pace": 11, "settings": 11, "ranks": 11, "defaults": 41, "tokens": 8}
+ROUNDS = {"pace": 21, "settings": 21, "ranks": 21, "defaults": 41, "tokens": 8}
 QUIET: dict[str, Any] = {
     "use_cpu": True, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "log_level": "error",
     "dataloader_pin_memory": False, "num_train_epochs": 10_000, "per_device_train_batch_size": BATCH,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from trainer_ext.inline_svg import inline_svg
 
@@ -41,5 +42,11 @@ def growing(
     for axes, (quantity, arms) in zip(drawn.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name, values in arms.items():
             axes.plot(xs, values, "o-", markersize=4, linewidth=1.2, color=COLOURS[name], label=name)
-        axes.set(xscale="log", yscale="log", xlabel=label, ylabel=quantity)
+        axes.set(xscale="log", yscale="log", title=quantity)
+        for axis in (axes.xaxis, axes.yaxis):  # plain numbers: mathematics would stand in the file as it is written
+            axis.set_major_formatter(EngFormatter(sep=""))
+            axis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axes.yaxis.set_minor_formatter(EngFormatter(sep=""))
+    drawn.supxlabel(label, fontsize="medium")
     axes.legend(fontsize="small", framealpha=0)
