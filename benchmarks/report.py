@@ -207,9 +207,13 @@ def accuracy(found: dict[str, Any]) -> Iterator[str]:
     """Mean and standard deviation over the seeds of each arm."""
     metrics = list(next(iter(found["summary"].values()), {}))
     yield f"Trained on {found['date']}: {shown(found['about'])}; {shown(found['environment'])}.\n"
-    lines = [f"| | seeds | {' | '.join(metrics)} |", "|---" * (len(metrics) + 2) + "|"]
+    heads = " | ".join(name.replace("_", " ") for name in metrics)
+    lines = [f"| | seeds | {heads} |", "|---" * (len(metrics) + 2) + "|"]
     for arm, values in found["summary"].items():
-        cells = [f"{values[name]['mean']:.4f} ± {values[name]['sd']:.4f}" for name in metrics]
+        digits = {name: 0 if name.endswith("seconds") else 4 for name in metrics}
+        cells = [
+            f"{values[name]['mean']:.{digits[name]}f} ± {values[name]['sd']:.{digits[name]}f}" for name in metrics
+        ]
         lines.append(f"| {arm} | {sum(run['arm'] == arm for run in found['runs'])} | {' | '.join(cells)} |")
     yield "\n".join([*lines, ""])
 
