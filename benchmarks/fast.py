@@ -5,7 +5,7 @@ one from each part of its range of widths, so that they need the padding of that
 process of its own that trains its rows again and again, and they take turns of 64 rows; the first two turns, in which
 memory is first touched and kernels are made for each shape, do not count.
 
-    python benchmarks/fast.py QUESTION [--dataset MRPC] [--model CHECKPOINT] [--rounds 11]
+    python benchmarks/fast.py QUESTION [--dataset MRPC] [--model CHECKPOINT] [--rounds N]
 
 `pace`: run_glue's defaults (stock Trainer, float32, padded to 128 tokens, batch 8), the stock Trainer with batch 16 and
 each batch padded to its longest row, and the fast profile (batch 16). `settings`: the profile with one setting changed.
