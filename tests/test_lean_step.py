@@ -1,6 +1,7 @@
 """A step of `LeanStepMixin` is the stock one: the same weights and norms, the same FLOPs, modules in the mode they had."""
 
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -205,6 +206,15 @@ def test_the_disk_is_searched_for_packages_once(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: searched.append(name) or own(name, *rest))
     trainer.train()
     assert searched.count("lomo_optim") <= 1
+
+
+def test_the_environment_is_not_asked_about_sagemaker_in_each_step(tmp_path, monkeypatch):
+    read = []
+    own = os.getenv
+    trainer, *_ = trained(LeanTrainer, tmp_path)
+    monkeypatch.setattr(os, "getenv", lambda name, *rest: read.append(name) or own(name, *rest))
+    trainer.train()
+    assert read.count("SM_HP_MP_PARAMETERS") < trainer.state.global_step
 
 
 def test_another_model_is_counted_anew(tmp_path):

@@ -2,7 +2,7 @@
 
 On a small model these are most of what `Trainer` adds to a plain loop (`benchmarks/overhead.py`), and their answers
 do not change from step to step: which modules and parameters the model has, how many (for `total_flos`), whether every
-module is in training mode, and whether accelerate's optimizer wrapper finds the package `lomo_optim` on the disk. The norms
+module is in training mode, whether the package `lomo_optim` is on the disk, and whether SageMaker splits the model. The norms
 of the gradients that clipping needs go to `gradient_norms`, for who else wants to know of them. The numbers of a training
 are the stock ones, to the bit.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import accelerate.optimizer
 import torch
+import transformers.trainer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -35,6 +36,10 @@ WHOLE = (
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
 )  # every rank has all of each gradient
+ASKED_IN_EACH_STEP = (  # of the disk, and of the environment
+    (accelerate.optimizer, "is_lomo_available"),
+    (transformers.trainer, "is_sagemaker_mp_enabled"),
+)
 in_training_mode = attrgetter("training")
 
 
@@ -70,10 +75,11 @@ class LeanStepMixin(_TrainerBase):
     _listed: Listed = NOTHING
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The stock set-up; from then on the process remembers that `lomo_optim` is there, or is not."""
+        """The stock set-up; from then on the process remembers the answers to `ASKED_IN_EACH_STEP`."""
         super().create_accelerator_and_postprocess()
-        if not hasattr(accelerate.optimizer.is_lomo_available, "cache_info"):
-            accelerate.optimizer.is_lomo_available = functools.cache(accelerate.optimizer.is_lomo_available)
+        for module, name in ASKED_IN_EACH_STEP:
+            if not hasattr(question := getattr(module, name), "cache_info"):
+                setattr(module, name, functools.cache(question))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """The stock estimate, six for each parameter and token, with the parameters counted once."""

@@ -42,6 +42,7 @@ def test_what_the_file_holds(trainer, tmp_path):
     assert header["dataset"]["train"]["rows"] == 22
     assert header["environment"]["torch"] == version("torch")
     assert header["environment"]["threads"] == torch.get_num_threads()
+    assert torch.backends.cpu.get_cpu_capability() in header["environment"]["cpu"]
     assert found.parameters["classifier.weight"] == ["float32", [2, 16]]
     assert sorted(name for group in found.groups for name in group) == sorted(found.parameters)
     step = found.steps[0]

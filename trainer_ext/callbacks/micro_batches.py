@@ -41,9 +41,13 @@ class MicroBatches:
         after_backward: Called at the end of each backward pass, when gradients are accumulated and reduced (DDP and
             FSDP2). None for an engine that steps by what it sees in the gradients: there a loss that is not finite gets
             a gradient that is not finite either, on this rank and so, after the reduction, on all.
+
+    Attributes:
+        calls_back: Whether `after_backward` is wanted; to be set between steps.
     """
 
     def __init__(self, model: nn.Module, after_backward: Callable[[], None] | None) -> None:
+        self.calls_back = True
         self._after_backward = after_backward
         self._hook = model.register_forward_hook(torch.compiler.disable(self._after_forward))
         self.begin_step()
@@ -99,7 +103,7 @@ class MicroBatches:
             self.flags.backward.append((self._number, _sums(gradient)))
 
     def _backward_begins(self) -> None:
-        if not self._queued and self._after_backward is not None:
+        if self.calls_back and not self._queued and self._after_backward is not None:
             self._queued = True
             _at_the_end_of_backward(lambda: _at_the_end_of_backward(cast(Callable[[], None], self._after_backward)))
 
@@ -129,7 +133,7 @@ def _sums(values: Tensor) -> Tensor:
     It needs no copy of the logits, as a test of each element does.
     """
     wide = values.dtype if values.dtype.itemsize >= 4 else torch.float32
-    return values.reshape(len(values), -1).sum(dim=1, dtype=wide)
+    return values.flatten(1).sum(dim=1, dtype=wide) if values.ndim > 1 else values.to(wide, copy=True)
 
 
 def _rows(flags: list[tuple[int, Tensor]]) -> dict[int, list[int]]:

@@ -86,7 +86,6 @@ class NonFiniteGuard(StatefulCallback):
         self._now: tuple[Tensor, Tensor] | None = (
             None  # of the step that is on: whether it is bad, and the norms of its gradients
         )
-        self._shown = False  # whether the last step's norms came by `see_norms`
         self._seen: list[Seen] = []
         self._names: list[str] = []
         self._first = UNKNOWN
@@ -103,7 +102,6 @@ class NonFiniteGuard(StatefulCallback):
         zero = optimizer.optimizer if optimizer.accelerator_state.distributed_type == "DEEPSPEED" else None
         _check_it_can_be_guarded(args, zero)
         self._remove_hooks()
-        self._shown = False
         self._began_in = state.epoch // 1 if state.epoch % 1 else None
         if self.action == "raise" and zero is None and _decides_on_the_device(optimizer.optimizer):
             self._found_inf = torch.zeros((), device=args.device)
@@ -114,7 +112,7 @@ class NonFiniteGuard(StatefulCallback):
         else:
 
             def after_backward() -> None:
-                if optimizer.gradient_state.sync_gradients and not self._shown:
+                if optimizer.gradient_state.sync_gradients:
                     self._judge(gradient_norms(model), model, args)
 
             self._micro_batches = MicroBatches(model, after_backward)
@@ -142,12 +140,9 @@ class NonFiniteGuard(StatefulCallback):
             model: The one whose gradients they are.
             args: Of the training.
         """
-        self._shown = self._found_inf is not None
-        if not self._shown or self._now is not None:
-            return
-        if self._is_plainly_finite(norms):
-            self._is_bad = False
-        else:
+        micro_batches = cast(MicroBatches, self._micro_batches)
+        micro_batches.calls_back = self._found_inf is None
+        if not micro_batches.calls_back and self._is_bad is None and self._now is None:
             self._judge(norms, model, args)
 
     def on_pre_optimizer_step(
@@ -158,7 +153,7 @@ class NonFiniteGuard(StatefulCallback):
         if hasattr(optimizer.optimizer, "overflow"):
             self._is_bad = optimizer.step_was_skipped
         elif self._is_bad is None and self._now is None:
-            self._shown = False
+            cast(MicroBatches, self._micro_batches).calls_back = True
             self._judge(gradient_norms(model), model, args)
         if self._now is not None:
             self._leave_it_to_the_device(state, optimizer.optimizer, self._now)
@@ -216,6 +211,9 @@ class NonFiniteGuard(StatefulCallback):
         return alone and not self._seen and not flags.losses and math.isfinite(norms.sum().item())
 
     def _judge(self, norms: Tensor, model: nn.Module, args: TrainingArguments) -> None:
+        if self._is_plainly_finite(norms):
+            self._is_bad = False
+            return
         bad = ~norms.isfinite().all().to(args.device)
         if (loss_is_bad := cast(MicroBatches, self._micro_batches).a_loss_is_not_finite()) is not None:
             bad = bad | loss_is_bad.to(args.device)

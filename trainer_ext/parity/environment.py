@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trainer_ext.fast import has_bf16
 from trainer_ext.plain_text import masked_words
 
 PACKAGES = ("trainer_ext", "torch", "transformers", "accelerate", "datasets", "tokenizers", "deepspeed")
@@ -21,12 +22,19 @@ def environment() -> dict[str, Any]:
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "matmul_precision": torch.get_float32_matmul_precision(),
         **{name: _version(name) for name in PACKAGES},
     }
+
+
+def _cpu() -> str:
+    """Its name, and what decides which of PyTorch's kernels it runs: two that differ there differ in the last bits."""
+    named = [str(torch.cpu.get_capabilities()["cpu_name"]), torch.backends.cpu.get_cpu_capability()]
+    return ", ".join([*named, "bf16"] if has_bf16(gpu=False) else named)
 
 
 def code() -> dict[str, Any]:
