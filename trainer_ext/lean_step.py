@@ -2,9 +2,9 @@
 
 On a small model these are most of what `Trainer` adds to a plain loop (`benchmarks/overhead.py`), and their answers
 do not change from step to step: which modules and parameters the model has, how many (for `total_flos`), whether every
-module is in training mode, whether the package `lomo_optim` is on the disk, and whether SageMaker splits the model. The norms
-of the gradients that clipping needs go to `gradient_norms`, for who else wants to know of them. The numbers of a training
-are the stock ones, to the bit.
+module is in training mode, whether the package `lomo_optim` is on the disk, and whether SageMaker splits the model. The
+norms of the gradients that clipping needs go to `gradient_norms`, for who else wants to know of them. The numbers of a
+training are the stock ones, to the bit.
 """
 
 import functools

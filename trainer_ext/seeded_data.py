@@ -20,6 +20,16 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, IterDataPipe,
 
 GLOBAL: Any = np.random  # its own types leave these functions out
 PLAIN_ROWS = (list, tuple, TensorDataset, datasets.Dataset)
+PLAIN_STREAM = "ArrowExamplesIterable"  # of datasets: rows of files or of a table
+PASSED_ON = (  # rows of the stream below, in an order that has a generator of its own; no function of the user's
+    "BufferShuffledExamplesIterable",
+    "InterleavedShardsExamplesIterable",
+    "RebatchedArrowExamplesIterable",
+    "RepeatExamplesIterable",
+    "SelectColumnsIterable",
+    "SkipExamplesIterable",
+    "TakeExamplesIterable",
+)
 PLAIN_COLLATORS = ("default_data_collator", "DefaultDataCollator", "DataCollatorWithPadding")  # of transformers
 NUMPY = np.random.MT19937(0)  # what numpy's functions draw from during a fetch: to copy their state takes longer
 
@@ -60,12 +70,20 @@ def seed_data(loader: Any, *, seed: int, epoch: int, rank: int = 0) -> None:
 
 
 def draws_nothing(data: Any, collate: Any) -> bool:
-    """Whether rows and batches are known to be the same however often they are fetched: plain rows, and padding."""
+    """Whether rows and batches are known to be the same however often they are fetched: plain ones, and padding."""
     transformed = type(data) is datasets.Dataset and data.format["type"] == "custom"  # by set_transform
     collator = getattr(collate, "data_collator", collate)  # below the one that removes columns
     kind: Any = collator if isinstance(collator, FunctionType) else type(collator)
     pads = kind.__module__ == "transformers.data.data_collator" and kind.__name__ in PLAIN_COLLATORS
-    return type(data) in PLAIN_ROWS and not transformed and pads
+    return (type(data) in PLAIN_ROWS or _is_plain_stream(data)) and not transformed and pads
+
+
+def _is_plain_stream(data: Any) -> bool:
+    """Whether a stream's rows go through no function that may draw, such as one of `map`."""
+    below = getattr(data, "_ex_iterable", None) if type(data) is datasets.IterableDataset else None
+    while type(below).__name__ in PASSED_ON:
+        below = below.ex_iterable  # type: ignore[union-attr]
+    return type(below).__name__ == PLAIN_STREAM
 
 
 class _SeededData:

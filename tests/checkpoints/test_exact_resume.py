@@ -5,6 +5,7 @@ import os
 import random
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -149,6 +150,42 @@ def test_rows_in_which_nothing_is_random_are_not_seeded():
         seed_data(loader, seed=1, epoch=0)
         assert (loader.dataset is not data) == seeded
         assert len(list(loader)) == -(-len(data) // 3)
+
+
+def streams():
+    plain = rows(12).to_iterable_dataset(num_shards=3)
+    own = datasets.IterableDataset.from_generator(lambda: iter(rows(12)))
+    return {
+        "plain": (plain, False),
+        "shuffled": (plain.shuffle(seed=0, buffer_size=4).skip(1).take(9), False),
+        "of a generator": (own, True),
+        "mapped": (plain.map(lambda row: row), True),
+        "filtered, then shuffled": (plain.filter(lambda row: True).shuffle(seed=0, buffer_size=4), True),
+        "joined": (datasets.concatenate_datasets([plain, plain]), True),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "shuffled", "of a generator", "mapped", "filtered, then shuffled", "joined"]
+)
+def test_streams_in_which_nothing_is_random_are_not_seeded(name):
+    data, seeded = streams()[name]
+    loader = DataLoader(data, 3, collate_fn=default_data_collator)
+    seed_data(loader, seed=1, epoch=0)
+    assert (loader.dataset is not data) == seeded
+
+    def drawn():
+        fetch = iter(loader)  # which draws the workers' seed
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        found = [batch["input_ids"].tolist() for batch in fetch]
+        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+        return found
+
+    torch.manual_seed(0)
+    first = drawn()
+    np.random.seed(7)
+    assert drawn() == first
+    assert len(first) >= 3
 
 
 def test_workers_that_live_on_hear_of_the_epoch():
