@@ -55,6 +55,7 @@ bench: setup ## measured ratios, side by side in one run, and docs/performance.m
 ifdef TRAINER_EXT_MRPC_DIR
 	$(BIN)/python benchmarks/fast.py pace
 	$(BIN)/python benchmarks/fast.py settings
+	$(BIN)/python benchmarks/fast.py memory
 	$(BIN)/python benchmarks/fast.py ranks
 	$(BIN)/python benchmarks/fast.py defaults
 	$(BIN)/python benchmarks/fast.py tokens

@@ -29,7 +29,8 @@ def curve_page(curve: str, measured: dict[str, Any], by: str, docs: Path) -> Ite
     panels = {f"{kind} ({'MB' if kind == 'memory' else 'ms'})": series(points, kind) for kind in kinds}
     save(docs, name, f"Time and memory over {label}", lambda drawn: growing(drawn, label, xs, panels))
     yield f"### Over {label}\n"
-    yield f"Measured on {measured['date']} by {by}: {fixed(points, field)}; {shown(measured['environment'])}.\n"
+    said = "; ".join(filter(None, (fixed(points, field), shown(measured["environment"]))))
+    yield f"Measured on {measured['date']} by {by}: {said}.\n"
     yield f"![Time and memory over {label}](performance/{name}.svg)\n"
     yield "\n".join(table(label, xs, points, panels))
     yield growth(xs, panels)

@@ -9,9 +9,10 @@ memory is first touched and kernels are made for each shape, do not count.
 
 `pace`: run_glue's defaults (stock Trainer, float32, padded to 128 tokens, batch 8), the stock Trainer with batch 16 and
 each batch padded to its longest row, and the fast profile (batch 16). `settings`: the profile with one setting changed.
-`ranks`: the same rows by two ranks of DDP, with the cores divided and without. These use all cores. `defaults`:
-CustomTrainer against the stock Trainer at equal settings and in equal order, on one core. `tokens`: the token ids of the
-whole corpus, read or made. Writes `benchmarks/results/fast_QUESTION.json`.
+`memory`: the profile, and the same without `keep_freed_memory`. `ranks`: the same rows by two ranks of DDP, with the cores
+divided and without. These use all cores. `defaults`: CustomTrainer against the stock Trainer at equal settings and in
+equal order, on one core. `tokens`: the token ids of the whole corpus, read or made. Writes
+`benchmarks/results/fast_QUESTION.json`.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from trainer_ext.samplers import LengthGroupedOrder, measure_rows  # noqa: E402
 from trainer_ext.task import Task, TaskArguments, prepare_task  # noqa: E402
 
 BATCHES, BATCH, LENGTH = 4, 16, 128
-ROUNDS = {"pace": 21, "settings": 21, "ranks": 21, "defaults": 41, "tokens": 8}
+ROUNDS = {"pace": 21, "settings": 21, "memory": 21, "ranks": 41, "defaults": 41, "tokens": 8}
 QUIET: dict[str, Any] = {
     "use_cpu": True, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "log_level": "error",
     "dataloader_pin_memory": False, "num_train_epochs": 10_000, "per_device_train_batch_size": BATCH,
@@ -66,6 +67,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fast, with a loading process": {**FAST, "dataloader_num_workers": 1, "dataloader_persistent_workers": True},
     "fast, with SDPA": {**FAST, "attn_implementation": "sdpa"},
 }
+MEMORY: dict[str, dict[str, Any]] = {
+    "fast": FAST,
+    "fast, freed memory given back": {**FAST, "keep_freed_memory": False},
+}
 RANKS: dict[str, dict[str, Any]] = {
     "two ranks, cores divided": {**FAST, "per_device_train_batch_size": BATCH // 2},
     "two ranks": {**FAST, "per_device_train_batch_size": BATCH // 2, "divide_cores": False},
@@ -80,6 +85,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 ARMS = {
     "pace": PACE,
     "settings": SETTINGS,
+    "memory": MEMORY,
     "ranks": RANKS,
     "defaults": DEFAULTS,
 }  # the first of each is what the others are divided by
@@ -89,7 +95,7 @@ class EpochClock(TrainerCallback):
     """A turn is an epoch, from the end of one to the end of the next; the first is over before the first turn."""
 
     def __init__(self) -> None:
-        self._segments = Segments()
+        self._segments = Segments(memory=True)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._segments.next()
@@ -203,7 +209,13 @@ def main() -> None:
         train(tasks["random" if arm.pop("mixed", False) else "grouped"], **arm)
         return
     programs = {name: [sys.executable, *sys.argv, "--run", name] for name in arms}
-    about |= {"rows": BATCHES * BATCH, "batch": BATCH, "parameters": whole.new_model(0).num_parameters(), **padding}
+    about |= {
+        "rows": BATCHES * BATCH,
+        "batch": BATCH,
+        "bf16": FAST["bf16"],
+        "parameters": whole.new_model(0).num_parameters(),
+        **padding,
+    }
     found = take_turns(programs, next(iter(arms)), rounds=rounds, about=about)
     write(found, f"fast_{asked.question}")
 

@@ -17,6 +17,7 @@ machine was not quiet enough for the figures to be quoted, and the table says so
 import gc
 import json
 import os
+import resource
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,8 @@ RESULTS = Path(__file__).parent / "results"
 CONTROL = 0.02
 AGAIN = ", again"
 
-Seconds = dict[str, float]  # such as {"cpu": 0.011, "wall": 0.012}
+MEGABYTES = "MB"  # the one kind that is no time
+Seconds = dict[str, float]  # by kind, such as {"cpu": 0.011, "wall": 0.012}
 
 
 def measure(
@@ -85,9 +87,14 @@ def take_turns(
 
 
 class Segments:
-    """In a program that takes turns: its clock, which stands still while others have theirs."""
+    """In a program that takes turns: its clock, which stands still while others have theirs.
 
-    def __init__(self) -> None:
+    Args:
+        memory: Whether to say, besides, the most that the process has held.
+    """
+
+    def __init__(self, *, memory: bool = False) -> None:
+        self._memory = memory
         self._heard, self._say = (
             os.fdopen(int(os.environ[name]), mode) for name, mode in (("TURN", "r"), ("TOOK", "w"))
         )
@@ -97,6 +104,8 @@ class Segments:
         """Say what the segment that ends here took, and wait for the next turn; the process ends where there is none."""
         if self._began is not None:
             took = {"cpu": time.process_time() - self._began[0], "wall": time.perf_counter() - self._began[1]}
+            if self._memory:
+                took[MEGABYTES] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             print(json.dumps(took), file=self._say, flush=True)
         if not self._heard.readline():
             os._exit(0)
@@ -190,12 +199,13 @@ def table(found: Mapping[str, Any], *, unit: str = "ms", scale: float = 1000.0) 
     said = {**found["environment"], **found["about"]}
     lines = [f"{found['date']}; {'; '.join(f'{name} {value}' for name, value in said.items())}", ""]
     lines += [f"{found['rounds']} rounds after one that does not count; ratios are to {base}, run by run.", ""]
-    heads = [f"{kind} {unit}: min | median | max | ratio: min | median | max" for kind in kinds]
+    units = {kind: ("", 1.0) if kind == MEGABYTES else (f" {unit}", scale) for kind in kinds}
+    heads = [f"{kind}{units[kind][0]}: min | median | max | ratio: min | median | max" for kind in kinds]
     lines += [f"| arm | {' | '.join(heads)} |", f"|---|{'---|' * 6 * len(kinds)}"]
     for name, seconds in found["seconds"].items():
         cells = [name]
         for kind in kinds:
-            cells += [f"{scale * value:.3f}" for value in seconds[kind].values()]
+            cells += [f"{units[kind][1] * value:.3f}" for value in seconds[kind].values()]
             cells += [f"{value:.3f}" for value in found["ratios"][name][kind].values()] if name != base else ["1"] * 3
         lines.append(f"| {' | '.join(cells)} |")
     for kind in kinds:

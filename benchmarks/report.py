@@ -5,6 +5,7 @@
 A section whose record is not there is left out. A ratio whose control is too far from 1 bears a mark.
 """
 
+import fnmatch
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from curves import curve_page, shown
-from pairs import AGAIN, CONTROL, RESULTS, added, control_holds
+from pairs import AGAIN, CONTROL, MEGABYTES, RESULTS, added, control_holds
 from plots import dots, save
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -24,6 +25,8 @@ take turns, so that a machine whose speed wanders changes all of them, and a rat
 ratios are medians, with the smallest and the largest behind them. Of each comparison the base runs a second time: this
 control's ratio is the noise. Ratios with a dagger (†) have a control that is more than {control} from 1: they are not to be
 quoted.
+
+The same for all: {environment}. What differs stands with each.
 """
 
 ACCURACY = """On the validation split: mean and standard deviation over the seeds. `stock` is the stock Trainer in float32,
@@ -53,7 +56,7 @@ SECTIONS = (
     ),
     Section(
         "The fast profile",
-        ("fast_pace", "fast_settings", "fast_ranks", "fast_tokens"),
+        ("fast_pace", "fast_settings", "fast_memory", "fast_ranks", "fast_tokens"),
         "fast.py",
         "Training MRPC with a MiniLM of 22.7 M parameters: `--profile fast` beside slower ways to train the same rows, and "
         "with one of its settings changed at a time ([what they are](fast.md)). A time is of the same 64 rows; ratios are "
@@ -86,8 +89,9 @@ SECTIONS = (
         ("scaling",),
         "scaling.py",
         "At each point three processes take turns, a step each: `Trainer`, `CustomTrainer`, and `Trainer` again as the "
-        "control. BERTs with random weights, float32, AdamW, one thread a process. Memory is the most that a process held, "
-        "less what it held after its imports. The growth is the exponent *e* of *xᵉ* that fits all points best.",
+        "control. BERTs with random weights, float32, AdamW, one thread a process, freed memory kept. Memory is the most "
+        "that a process held, less what it held after its imports. The growth is the exponent *e* of *xᵉ* that fits all "
+        "points best.",
     ),
     Section(
         "Checkpoints",
@@ -114,15 +118,28 @@ SECTIONS = (
 
 def build(results: Path, docs: Path) -> None:
     """Write `docs/performance.md` and `docs/performance/*.svg`."""
-    lines = [TITLE.format(control=CONTROL)]
+    records = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    lines = [TITLE.format(control=CONTROL, environment=shown(take_out_what_is_common(list(records.values()))))]
     for section in SECTIONS:
-        there = [path for name in section.records for path in sorted(results.glob(f"{name}.json"))]
+        there = [name for pattern in section.records for name in fnmatch.filter(records, pattern)]
         if there:
             lines += [f"## {section.title}\n", f"{section.text}\n"]
-        for path in there:
-            lines += [f"### {path.stem.replace('_', ' ').capitalize()}\n"] if len(there) > 1 else []
-            lines += answer(path.stem, json.loads(path.read_text()), section, docs)
+        for name in there:
+            lines += [f"### {name.replace('_', ' ').capitalize()}\n"] if len(there) > 1 else []
+            lines += answer(name, records[name], section, docs)
     (docs / "performance.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+def take_out_what_is_common(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all records say of their environment, which they no longer say then."""
+    parts = [part for found in records for part in (found, *found.get("curves", {}).values())]
+    environments = [part["environment"] for part in parts if "environment" in part]
+    first = environments[0] if environments else {}
+    common = {name: value for name, value in first.items() if all(other.get(name) == value for other in environments)}
+    for environment in environments:
+        for name in common:
+            del environment[name]
+    return common
 
 
 def answer(name: str, found: dict[str, Any], section: Section, docs: Path) -> Iterator[str]:
@@ -170,7 +187,7 @@ def comparison(found: dict[str, Any], by: str, added_to: str | None) -> Iterator
     for kind in kinds:
         if not control_holds(found, kind):
             control = found["ratios"][base + AGAIN][kind]["median"]
-            yield f"† Not to be quoted: the control of {kind} time is {control:.3f}.\n"
+            yield f"† Not to be quoted: the control of {kind} is {control:.3f}.\n"
 
 
 def row(found: dict[str, Any], name: str, kinds: list[str], added_to: str | None) -> str:
@@ -178,7 +195,8 @@ def row(found: dict[str, Any], name: str, kinds: list[str], added_to: str | None
     for kind in kinds:
         mark = "" if control_holds(found, kind) else MARK
         own = found["seconds"][name][kind]
-        cells.append(f"{duration(own['median'])} ({duration(own['min'])} to {duration(own['max'])})")
+        middle, least, most = (amount(own[name], kind) for name in ("median", "min", "max"))
+        cells.append(f"{middle} ({least} to {most})")
         if name == found["base"]:
             cells += ["1", "0"] if added_to else ["1"]
             continue
@@ -194,19 +212,24 @@ def in_order(found: dict[str, Any], base: str) -> list[str]:
     return [base, base + AGAIN, *(name for name in found["seconds"] if name not in (base, base + AGAIN))]
 
 
-def duration(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+def amount(value: float, kind: str) -> str:
+    if kind == MEGABYTES:
+        return f"{value:.0f}"
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
 def how(found: dict[str, Any], by: str) -> str:
-    said = "; ".join(filter(None, (shown(found["about"]), shown(found["environment"]))))
-    return f"Measured on {found['date']} by {by}, {found['rounds']} rounds: {said}.\n"
+    return f"Measured on {found['date']} by {by}, {found['rounds']} rounds: {about(found)}.\n"
+
+
+def about(found: dict[str, Any]) -> str:
+    return "; ".join(filter(None, (shown(found["about"]), shown(found["environment"]))))
 
 
 def accuracy(found: dict[str, Any]) -> Iterator[str]:
     """Mean and standard deviation over the seeds of each arm."""
     metrics = list(next(iter(found["summary"].values()), {}))
-    yield f"Trained on {found['date']}: {shown(found['about'])}; {shown(found['environment'])}.\n"
+    yield f"Trained on {found['date']}: {about(found)}.\n"
     heads = " | ".join(name.replace("_", " ") for name in metrics)
     lines = [f"| | seeds | {heads} |", "|---" * (len(metrics) + 2) + "|"]
     for arm, values in found["summary"].items():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from itertools import chain
@@ -14,6 +15,7 @@ from tests.conftest import logged, rows
 from trainer_ext import CustomTrainingArguments
 from trainer_ext.cores import share
 from trainer_ext.fast import fast_profile, has_bf16
+from trainer_ext.heap import can_keep_freed_memory
 from trainer_ext.task import TaskParser
 
 ROOT = Path(__file__).parents[1]
@@ -155,3 +157,58 @@ def test_cores_are_divided():
     assert (masks, threads) == ([cores[half:]], 1)
     assert on_cores(0, LOCAL_WORLD_SIZE="1")[0] == [cores]
     assert on_cores(0, str(cores[-1]))[1] == 1
+
+
+KEPT = """
+import resource, sys, torch
+if "kept" in sys.argv:
+    from trainer_ext.heap import keep_freed_memory
+    keep_freed_memory()
+
+def step():
+    held = [torch.ones(2**24) for _ in range(2)]  # of 64 MiB, both freed
+    return sum(one[0].item() for one in held)
+
+for _ in range(10):  # until the heap has its size
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+PAGES = 5 * 2 * 2**26 // resource.getpagesize()  # that five steps need
+
+
+def faults(*words, **environment):
+    """How many pages the kernel gives to a process in five steps that free what they take, and what it logged."""
+    told = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-c", KEPT, *words]
+    ran = subprocess.run(command, env={**told, **environment}, capture_output=True, text=True, check=True)
+    return int(ran.stdout), ran.stderr
+
+
+@pytest.mark.skipif(not can_keep_freed_memory(), reason="needs glibc's malloc, as it is by itself")
+def test_freed_memory_is_kept():
+    given_back, _ = faults()
+    assert given_back > 0.5 * PAGES
+    kept, said = faults("kept")
+    assert kept < 0.01 * PAGES
+    assert said == ""
+
+
+@pytest.mark.parametrize(
+    "told", [{"MALLOC_TRIM_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}]
+)
+def test_what_the_environment_says_of_memory_stays(told):
+    given_back, said = faults("kept", **told)
+    assert given_back > 0.5 * PAGES
+    assert "keep_freed_memory has no effect" in said
+
+
+def test_an_option_keeps_freed_memory_or_not(monkeypatch):
+    told = []
+    monkeypatch.setattr("trainer_ext.arguments.keep_freed_memory", lambda: told.append("kept"))
+    CustomTrainingArguments("out", **fast_profile(**CPU, keep_freed_memory=True))
+    CustomTrainingArguments("out", **fast_profile(**CPU, keep_freed_memory=False))
+    CustomTrainingArguments("out", **CPU)
+    assert told == ["kept"]

@@ -14,6 +14,7 @@ from transformers.training_args import OptimizerNames
 from trainer_ext.callbacks.time_limit import TimeLimit
 from trainer_ext.cores import divide_cores
 from trainer_ext.engine import settle_on_cpu
+from trainer_ext.heap import keep_freed_memory
 from trainer_ext.optim.factory import find_optimizer, optimizer_kwargs
 from trainer_ext.optim.rules import parse_rules, rate_findings, read_rules
 from trainer_ext.optim.schedules import NAMES, check_schedule
@@ -168,6 +169,13 @@ class CustomTrainingArguments(TrainingArguments):
             "that the launcher has chosen stay as they are."
         },
     )
+    keep_freed_memory: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep what a step frees for the next one, in place of giving it back to the system and asking for it "
+            "again. Of a CPU's memory, on Linux with glibc; MALLOC_* variables stay as they are."
+        },
+    )
 
     def __post_init__(self) -> None:
         settle_on_cpu(self)
@@ -183,6 +191,8 @@ class CustomTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.divide_cores:
             divide_cores()  # behind accelerate, which sets the threads too
+        if self.keep_freed_memory:
+            keep_freed_memory()
         for name, value in own.items():
             setattr(self, name, value)
         findings = self._optimizer_findings()

@@ -12,6 +12,7 @@ import torch
 from transformers.utils import is_torch_tf32_available
 
 from trainer_ext.attention import AUTO
+from trainer_ext.heap import can_keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,11 @@ def _of_gpu() -> dict[str, Any]:
 
 
 def _of_cpu() -> dict[str, Any]:
-    return {"attn_implementation": AUTO, "divide_cores": hasattr(os, "sched_setaffinity")}
+    return {
+        "attn_implementation": AUTO,
+        "divide_cores": hasattr(os, "sched_setaffinity"),
+        "keep_freed_memory": can_keep_freed_memory(),
+    }
 
 
 def _kind(gpu: bool) -> str:
