@@ -47,6 +47,23 @@ def test_what_is_not_to_be_quoted_is_marked(report, tmp_path, control, marks):
     assert "## " not in page  # of what has no record nothing is said
 
 
+def test_a_page_says_once_what_is_the_same_everywhere_and_memory_in_megabytes(report, tmp_path):
+    from pairs import record
+
+    first, second = comparison(1.0), record([{"plain": {"MB": 900.4}, "plain, again": {"MB": 900.4}}] * 3, "plain", {})
+    for found, cpu in ((first, "one"), (second, "another")):
+        found["environment"] = {"date": cpu, "python": "3.11", "cpu": cpu}
+    (tmp_path / "recording.json").write_text(json.dumps(first))
+    (tmp_path / "overhead.json").write_text(json.dumps(second))
+    report.build(tmp_path, tmp_path)
+    page = (tmp_path / "performance.md").read_text()
+    assert "The same for all: python 3.11. " in page
+    assert page.count("python 3.11") == 1
+    assert "3 rounds: batch 4; cpu one.\n" in page
+    assert "3 rounds: cpu another.\n" in page
+    assert "| plain | 900 (900 to 900) | 1 |" in page
+
+
 def test_what_arms_found_and_how_accurate_they_are(report, tmp_path):
     found = {"plain": {"loss": 0.25, "f1": 1 / 3}, "ours": {"loss": 0.5, "f1": 2 / 3}}
     (tmp_path / "evaluation_here.json").write_text(json.dumps({**comparison(1.0), "found": found}))
