@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
+import torch
 from pairs import AGAIN, RESULTS, pin_to_one_core, record
 
 from trainer_ext.parity.environment import environment
@@ -53,7 +54,6 @@ CURVES: dict[str, list[dict[str, Any]]] = {
 
 
 def bert(point: dict[str, Any]) -> Any:
-    import torch
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
@@ -99,7 +99,6 @@ def arrow_file(count: int, length: int, folder: str) -> Path:
 def train(turns: Connection | None, name: str, point: dict[str, Any], variables: dict[str, str], folder: str) -> None:
     """In a process of its own: train, a step whenever it is told to, and say what that took; ranks but the first follow."""
     os.environ.update(variables)
-    import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback
 
     from trainer_ext import CustomTrainer, CustomTrainingArguments
@@ -194,6 +193,7 @@ def measured(point: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # as its processes do, and as the record says
     curves = sys.argv[1:] or list(CURVES)
     found = json.loads(RESULT.read_text()) if RESULT.exists() else {"curves": {}}
     with TemporaryDirectory() as folder:
