@@ -33,7 +33,7 @@ from trainer_ext.rehearsal.processes import free_port
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["transformers.trainer", "trainer_ext.trainer", "datasets"])
 ARMS = {"Trainer": "Trainer", "CustomTrainer": "CustomTrainer", "Trainer" + AGAIN: "Trainer"}
-SECONDS, ROUNDS = 12.0, (20, 200)  # of a point: how long it goes on, and the fewest and most rounds
+SECONDS, ROUNDS = 12.0, (40, 200)  # of a point: how long it goes on, and the fewest and most rounds
 RESULT = RESULTS / "scaling.json"
 
 BASE = {"vocabulary": 8192, "hidden": 256, "layers": 3, "batch": 4, "length": 32, "ranks": 1}

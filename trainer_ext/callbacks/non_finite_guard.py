@@ -51,7 +51,8 @@ class NonFiniteGuard(StatefulCallback):
     It costs one pass over the gradient each step, and none where `CustomTrainer` shows it the norms of its clipping.
     With `"raise"`, torch's fused optimizers and whole gradients (one process, DDP) the device decides, by the
     `found_inf` that `torch.amp.GradScaler` sets too, and the host looks when it logs, evaluates or saves, and every
-    100 steps; no step after the bad one is applied. Else the host waits for a number.
+    100 steps; no step after the bad one is applied. Else the host waits for a number. One process on a CPU, where a look
+    waits for nobody, leaves to the device only what its look finds not finite.
 
     Args:
         action: `"raise"`, or `"skip"` to leave the step out and go on.
