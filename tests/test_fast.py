@@ -16,6 +16,7 @@ from trainer_ext import CustomTrainingArguments
 from trainer_ext.cores import share
 from trainer_ext.fast import fast_profile, has_bf16
 from trainer_ext.heap import can_keep_freed_memory
+from trainer_ext.parity.environment import environment
 from trainer_ext.task import TaskParser
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,12 @@ def test_bf16_is_the_processors_own():
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     flags = next(line for line in lines if line.startswith(("flags", "Features"))).split()
     assert has_bf16(gpu=False) == any(flag in flags for flag in ("amx_bf16", "avx512_bf16", "bf16", "svebf16"))
+
+
+def test_a_torch_that_cannot_say_what_the_processor_has(monkeypatch):
+    monkeypatch.delattr("torch.cpu.get_capabilities")
+    assert not fast_profile(**CPU)["bf16"]
+    assert environment()["cpu"] == f"unnamed, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def test_the_profile_is_the_defaults_of_the_command_line(parse, capabilities):

@@ -6,6 +6,7 @@ docs/fast.md says what each does.
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,8 +41,13 @@ def has_bf16(*, gpu: bool) -> bool:
     """Whether products in bfloat16 are computed by the hardware, which is when they are faster than in float32."""
     if gpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = cpu_capabilities()
     return any(capabilities.get(name) for name in NATIVE_BF16)
+
+
+def cpu_capabilities() -> Mapping[str, Any]:
+    """What torch knows of this CPU; nothing where this torch has no `get_capabilities` yet."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def _of_gpu() -> dict[str, Any]:

@@ -111,6 +111,11 @@ def test_a_run_that_ended_inside_an_epoch_goes_on_in_it(tmp_path):
         assert differences(expected, found, 6) == [], strategy
 
 
+def generators():
+    """The states of the global random generators."""
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
 def batches(data, *, epoch=0, seed=1, collate=resumes.masked, **options):
     loader = DataLoader(data, 3, collate_fn=collate, **options)
     seed_data(loader, seed=seed, epoch=epoch)
@@ -119,9 +124,9 @@ def batches(data, *, epoch=0, seed=1, collate=resumes.masked, **options):
 
 def test_rows_are_the_same_wherever_they_are_fetched():
     expected = batches(Augmented())
-    state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    state = generators()
     assert batches(Augmented()) == expected
-    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) != state, "base seed"
+    assert generators() != state, "base seed"
     assert batches(Augmented(), num_workers=2) == expected
     assert batches(Augmented(), epoch=1) != expected
     assert batches(Augmented(), seed=2) != expected
@@ -134,9 +139,9 @@ def test_a_fetch_leaves_the_global_generators_alone():
     loader = DataLoader(Augmented(), 3, collate_fn=resumes.masked)
     seed_data(loader, seed=1, epoch=0)
     fetch = iter(loader)
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    before = generators()
     next(fetch)
-    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert generators() == before
 
 
 def test_rows_in_which_nothing_is_random_are_not_seeded():
@@ -152,33 +157,29 @@ def test_rows_in_which_nothing_is_random_are_not_seeded():
         assert len(list(loader)) == -(-len(data) // 3)
 
 
-def streams():
-    plain = rows(12).to_iterable_dataset(num_shards=3)
-    own = datasets.IterableDataset.from_generator(lambda: iter(rows(12)))
-    return {
-        "plain": (plain, False),
-        "shuffled": (plain.shuffle(seed=0, buffer_size=4).skip(1).take(9), False),
-        "of a generator": (own, True),
-        "mapped": (plain.map(lambda row: row), True),
-        "filtered, then shuffled": (plain.filter(lambda row: True).shuffle(seed=0, buffer_size=4), True),
-        "joined": (datasets.concatenate_datasets([plain, plain]), True),
-    }
+STREAMS = {  # made of a plain one, and whether they are seeded
+    "plain": (lambda plain: plain, False),
+    "shuffled": (lambda plain: plain.shuffle(seed=0, buffer_size=4).skip(1).take(9), False),
+    "of a generator": (lambda plain: datasets.IterableDataset.from_generator(lambda: iter(rows(12))), True),
+    "mapped": (lambda plain: plain.map(lambda row: row), True),
+    "filtered, then shuffled": (lambda plain: plain.filter(lambda row: True).shuffle(seed=0, buffer_size=4), True),
+    "joined": (lambda plain: datasets.concatenate_datasets([plain, plain]), True),
+}
 
 
-@pytest.mark.parametrize(
-    "name", ["plain", "shuffled", "of a generator", "mapped", "filtered, then shuffled", "joined"]
-)
+@pytest.mark.parametrize("name", STREAMS)
 def test_streams_in_which_nothing_is_random_are_not_seeded(name):
-    data, seeded = streams()[name]
+    make, seeded = STREAMS[name]
+    data = make(rows(12).to_iterable_dataset(num_shards=3))
     loader = DataLoader(data, 3, collate_fn=default_data_collator)
     seed_data(loader, seed=1, epoch=0)
     assert (loader.dataset is not data) == seeded
 
     def drawn():
         fetch = iter(loader)  # which draws the workers' seed
-        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        before = generators()
         found = [batch["input_ids"].tolist() for batch in fetch]
-        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+        assert generators() == before
         return found
 
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trainer_ext.fast import has_bf16
+from trainer_ext.fast import cpu_capabilities, has_bf16
 from trainer_ext.plain_text import masked_words
 
 PACKAGES = ("trainer_ext", "torch", "transformers", "accelerate", "datasets", "tokenizers", "deepspeed")
@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
 
 def _cpu() -> str:
     """Its name, and what decides which of PyTorch's kernels it runs: two that differ there differ in the last bits."""
-    named = [str(torch.cpu.get_capabilities()["cpu_name"]), torch.backends.cpu.get_cpu_capability()]
+    named = [cpu_capabilities().get("cpu_name", "unnamed"), torch.backends.cpu.get_cpu_capability()]
     return ", ".join([*named, "bf16"] if has_bf16(gpu=False) else named)
 
 
