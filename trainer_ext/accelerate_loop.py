@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from trainer_ext.gloo_threads import outlast_them
 from trainer_ext.manual_loop import (
     LoopResult,
     LoopSettings,
@@ -53,6 +54,8 @@ def train(
     optimizer = build_optimizer(model, settings)
     model, optimizer = accelerator.prepare(model, optimizer)
     ranks = accelerator.num_processes
+    if ranks > 1:
+        outlast_them()
     total_steps = settings.total_steps(math.ceil(len(train_dataset) / ranks))
     schedule = LambdaLR(optimizer.optimizer, linear_with_warmup(settings.warmup_steps, total_steps))
     result = LoopResult(optimizer.optimizer, steps=0, evaluations=[])

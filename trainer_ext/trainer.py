@@ -27,6 +27,7 @@ from trainer_ext.engine import (
     saves_shards,
     shard_blocks_without_embeddings,
 )
+from trainer_ext.gloo_threads import outlast_them
 from trainer_ext.lean_evaluation import LeanEvaluationMixin
 from trainer_ext.lean_step import LeanStepMixin
 from trainer_ext.lost_ranks import lost_ranks, wait_as_long_as_asked
@@ -77,6 +78,8 @@ class CustomTrainer(SafeCheckpointsMixin, LeanEvaluationMixin, LeanStepMixin, Tr
         super().create_accelerator_and_postprocess()
         if self.is_deepspeed_enabled and self.args.device.type == "cpu":
             remove_at_exit()
+        if self.args.world_size > 1:
+            outlast_them()
         check_engine(self)
         wait_as_long_as_asked(self)
         refuse_zenflow(self)

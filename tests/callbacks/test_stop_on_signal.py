@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from tests.callbacks.processes import DEEPSPEED, FSDP2, run_ranks, zero
@@ -230,6 +231,30 @@ def test_a_signal_to_one_of_two_ranks(tmp_path, engine):
         assert seen["ended"] == (None, STEPS)
         stopped, resumed, whole = seen["weights"]
         assert resumed == whole == first["weights"][2] != stopped
+
+
+def test_no_rank_goes_on_before_all_are_connected(tmp_path):
+    """One that ends in an error closes the group, which would be the error of those that are still connecting."""
+    (connected, _), (_, went_on) = run_ranks(begun, 2, tmp_path)
+    assert connected < went_on
+
+
+def begun(folder):
+    """On a rank, of which the first is slow to connect: when it was connected, and when it went on, on one clock."""
+    connect, at = torch.distributed.new_group, {}
+
+    def slowly(*args, **kwargs):
+        group = connect(*args, **kwargs)
+        if torch.distributed.get_rank() == 0:
+            time.sleep(0.5)
+        at["connected"] = time.monotonic()
+        return group
+
+    trainer = make(folder)
+    torch.distributed.new_group = slowly
+    callback = stop_on_signal.StopOnSignal()
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, train_dataloader=None)
+    return at["connected"], time.monotonic()
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

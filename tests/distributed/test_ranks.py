@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,6 @@ def launch(out, *launcher):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-30_000:]
-    if "SIGABRT" in done.stderr:
-        warnings.warn(f"a rank was aborted, and torchrun started them anew:\n{done.stderr[-30_000:]}", stacklevel=1)
     return json.loads(out.read_text())
 
 
@@ -29,8 +26,7 @@ def launch(out, *launcher):
 def found(tmp_path_factory):
     """What 1, 2 and 3 processes saw in every case."""
     folder = tmp_path_factory.mktemp("ranks")
-    # Once in some hundred launches gloo aborted a rank on a busy machine; any other failure fails the second time too.
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--max-restarts", "1", "--nproc_per_node")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
     return {1: launch(folder / "1.json")} | {n: launch(folder / f"{n}.json", *torchrun, str(n)) for n in (2, 3)}
 
 

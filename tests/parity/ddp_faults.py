@@ -110,8 +110,7 @@ def launched(folder: Path) -> dict[str, Trajectory]:
 
 def on_two_ranks(module: str, folder: Path) -> None:
     """Run a module, which is told the folder, in two processes."""
-    # Once in some hundred launches gloo aborted a rank on a busy machine; any other failure fails the second time too.
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     words = [*torchrun, "--nproc_per_node", "2", "-m", module, str(folder)]
     code, output = run_launch(words, folder / "log", processes=2, timeout=600)
     assert code == 0, output[-3000:]

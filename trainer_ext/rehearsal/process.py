@@ -12,6 +12,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from trainer_ext.gloo_threads import outlast_them
 from trainer_ext.rehearsal import on_cpu
 from trainer_ext.shared_buffers import remove_at_exit
 
@@ -24,6 +25,7 @@ def main() -> None:
     plan = json.loads(Path(os.environ[REHEARSING]).read_text())
     on_cpu.install()
     remove_at_exit()
+    outlast_them()
 
     from trainer_ext.rehearsal.watch import watch
 
