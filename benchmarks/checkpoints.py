@@ -28,7 +28,7 @@ from trainer_ext import CustomTrainer, CustomTrainingArguments
 from trainer_ext.checkpoints.durable import sync_tree
 from trainer_ext.checkpoints.manifest import verify, write_manifest
 
-ROUNDS = 16
+ROUNDS = 41
 STOCK, OURS, BESIDE = "Trainer", "CustomTrainer", "CustomTrainer, async_save"
 LARGE = {"vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12}
 SMALL = {"vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -112,7 +112,7 @@ def main() -> None:
             "not recorded": partial(seconds, False, folder, inside),
             "recorded": partial(seconds, True, folder, inside),
         }
-        found = measure(arms, "not recorded", rounds=25, about=about)
+        found = measure(arms, "not recorded", rounds=61, about=about)
     for part in ("step", "begin", "end"):
         took = median(one[part] for one in inside[1:])
         found["about"][f"inside the recorder, {part}"] = f"{1000 * took:.3f} ms"
