@@ -11,6 +11,7 @@ Prints tables and writes `checkpoint_save.json`, `checkpoint_parts.json`, `check
 """
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -77,8 +78,9 @@ def timed(cls: type[Trainer], clock: SaveClock) -> type[Trainer]:
 
 
 def save_seconds(arm: str, folder: str) -> Seconds:
-    """One step and its save."""
+    """One step and its save, with nothing on its way to the disk before."""
     clock = SaveClock()
+    os.sync()
     cls = timed(Trainer if arm == STOCK else CustomTrainer, clock)
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "async_save": arm == BESIDE}
     trainer_of(cls, LARGE, f"{folder}/{arm}", **options).train()
