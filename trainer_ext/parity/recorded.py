@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer_ext.plain_text import masked_words
+from trainer_ext.rehearsal.here import as_from_here
 from trainer_ext.rehearsal.launch import parse
 
 RECORDING = "TRAINER_EXT_RECORD"  # the record's folder
@@ -40,9 +41,7 @@ def record(words: list[str], folder: Path, *, resumed: bool = False) -> int:
     module = (
         ["-m", *inner] if launch.launcher is None else ["-m", launch.launcher, *launch.options, "--module", *inner]
     )
-    here = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-    variables = {**os.environ, **launch.environment, RECORDING: str(folder.resolve()), "PYTHONPATH": here}
-    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", "")])
+    variables = as_from_here({**launch.environment, RECORDING: str(folder.resolve())})
     code = subprocess.run([sys.executable, *module], env=variables).returncode
     if code == 0 and not (lines.is_file() and lines.stat().st_size > before):
         raise ValueError(

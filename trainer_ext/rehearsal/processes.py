@@ -4,13 +4,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 from trainer_ext.engine import REHEARSING
+from trainer_ext.rehearsal.here import as_from_here
 
 
 def run_launch(
@@ -33,16 +33,7 @@ def run_launch(
         environment: Variables besides this process's own.
     """
     threads = max(1, (os.cpu_count() or 1) // processes)
-    here = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-    variables = {
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONFAULTHANDLER": "1",
-        **os.environ,
-        **(environment or {}),
-        "PYTHONPATH": here,
-    }
-    # The environment's own tools first, activated or not: another ninja has DeepSpeed build its operators again.
-    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", "")])
+    variables = {"OMP_NUM_THREADS": str(threads), "PYTHONFAULTHANDLER": "1", **as_from_here(environment or {})}
     if plan is not None:
         variables[REHEARSING] = str(plan)
     remove_abandoned_locks()
