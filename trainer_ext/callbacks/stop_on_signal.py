@@ -62,9 +62,8 @@ class StopOnSignal(TrainerCallback):
         if args.world_size > 1:
             timeout = timedelta(seconds=args.ddp_timeout)
             self.group = torch.distributed.new_group(backend="gloo", timeout=timeout)
-            torch.distributed.barrier(
-                self.group
-            )  # who ends at once, by an error, would close it to who still connects
+            # A rank that ends at once, by an error, would close it to those that still connect.
+            torch.distributed.barrier(self.group)
         if threading.current_thread() is threading.main_thread():
             free = [number for number in SIGNALS if signal.getsignal(number) in UNTOUCHED]
             self._kept = {number: signal.signal(number, self._hear) for number in free}
